@@ -3,6 +3,10 @@
 #include <cstddef>
 #include <cstdint>
 
+// Kernel files are compiled for several instruction sets: a shared inline function must never become a symbol
+// that the linker picks one copy of.
+#define MGM_INLINE __attribute__((always_inline)) inline
+
 namespace mgm {
 
 // int8 and int4 are storage only: blocks of quantized weights inside a packed matrix (native/cpu/packed.h).
@@ -25,12 +29,14 @@ struct View {
   int64_t shape[kMaxRank] = {};
   int64_t strides[kMaxRank] = {};  // in elements; meaningless when packed
 
-  explicit operator bool() const { return data != nullptr; }  // false: the optional argument was not given
-  float* f32() const { return static_cast<float*>(data); }
-  int32_t* i32() const { return static_cast<int32_t*>(data); }
-  uint16_t* u16() const { return static_cast<uint16_t*>(data); }  // bf16 or f16 bits
-  uint8_t* u8() const { return static_cast<uint8_t*>(data); }
-  int64_t numel() const {
+  MGM_INLINE explicit operator bool() const {
+    return data != nullptr;
+  }  // false: the optional argument was not given
+  MGM_INLINE float* f32() const { return static_cast<float*>(data); }
+  MGM_INLINE int32_t* i32() const { return static_cast<int32_t*>(data); }
+  MGM_INLINE uint16_t* u16() const { return static_cast<uint16_t*>(data); }  // bf16 or f16 bits
+  MGM_INLINE uint8_t* u8() const { return static_cast<uint8_t*>(data); }
+  MGM_INLINE int64_t numel() const {
     int64_t n = 1;
     for (int i = 0; i < rank; ++i) n *= shape[i];
     return n;
