@@ -36,7 +36,10 @@ export function expected(what: string, name: string, received: unknown): MgmErro
 export function describe(value: unknown): string {
   if (typeof value === 'string') return JSON.stringify(value.length > 80 ? `${value.slice(0, 77)}...` : value)
   if (value === null || value === undefined || typeof value !== 'object') return String(value)
-  if (Array.isArray(value)) return value.length <= 8 && value.every(v => typeof v === 'number') ? `[${value.join(', ')}]` : `an array of ${value.length}`
+  if (Array.isArray(value))
+    return value.length <= 8 && value.every(v => typeof v === 'number')
+      ? `[${value.join(', ')}]`
+      : `an array of ${value.length}`
   return `an instance of ${value.constructor?.name ?? 'Object'}`
 }
 

@@ -1,0 +1,94 @@
+import { createRequire } from 'node:module'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { MgmError } from './errors.ts'
+import type { DType, Layout, TensorData } from './tensor.ts'
+
+/** A tensor as the addon knows it. */
+export interface NativeTensor {
+  readonly shape: readonly number[]
+  readonly dtype: DType
+  readonly layout: Layout
+  readonly byteLength: number
+  narrow(dim: number, start: number, length: number): NativeTensor
+  reshape(shape: number[]): NativeTensor
+  read(): Promise<TensorData>
+  write(data: TensorData): void
+  dispose(): void
+}
+
+export interface NativeMappedFile {
+  readonly size: number
+  close(): void
+}
+
+export interface NativeGraph {
+  readonly length: number
+  replay(): void
+  dispose(): void
+}
+
+export interface NativeDevice {
+  readonly threads: number
+  readonly isa: string
+  empty(shape: number[], dtype: DType): NativeTensor
+  fromFile(file: NativeMappedFile, offset: number, shape: number[], dtype: DType): NativeTensor
+  beginCapture(): void
+  endCapture(): NativeGraph
+  abortCapture(): void
+  synchronize(): Promise<void>
+  /** Bytes: handed out, held by the pool, most ever handed out, the limit (0: none). */
+  memory(): { used: number; reserved: number; peak: number; limit: number }
+  trim(): void
+  close(): Promise<void>
+}
+
+export interface NativeOp {
+  name: string
+  params: { name: string; type: string }[]
+}
+
+/** The face of the addon; the only description of it in TypeScript. */
+export interface Native {
+  setErrorClass(errorClass: typeof MgmError): void
+  openCpu(options: { threads: number; memoryLimit: number }): NativeDevice
+  mapFile(path: string): NativeMappedFile
+  opTable(): NativeOp[]
+  call(op: number, args: unknown[]): NativeTensor[]
+  cpuFeatures(): { isa: string; best: string; available: string[] }
+  /** Floating point operations a second of fused multiply-adds on `threads` threads for about `seconds`. */
+  fmaPeak(threads: number, seconds: number): Promise<number>
+  /** Bytes a second read from main memory by `threads` threads for about `seconds`. */
+  readBandwidth(threads: number, seconds: number): Promise<number>
+}
+
+let loaded: Native | undefined
+
+/** Loads the addon: `prebuilds/` of the package, or `build/` of a checkout. Throws NATIVE_UNAVAILABLE with causes and cures. */
+export function native(): Native {
+  if (loaded) return loaded
+  const require = createRequire(import.meta.url)
+  const root = join(dirname(fileURLToPath(import.meta.url)), '..')
+  try {
+    const checkout = join(root, 'build', 'native', 'Release', 'mgm.node')
+    const load = require('node-gyp-build') as (dir: string) => Native
+    let addon: Native
+    try {
+      addon = require(checkout) as Native
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'MODULE_NOT_FOUND') throw error
+      addon = load(root)
+    }
+    addon.setErrorClass(MgmError)
+    loaded = addon
+    return addon
+  } catch (cause) {
+    const reason = cause instanceof Error ? cause.message : String(cause)
+    throw new MgmError(
+      'NATIVE_UNAVAILABLE',
+      `the native addon could not be loaded on ${process.platform}-${process.arch} (Node ${process.version}): ${reason}. ` +
+        'Prebuilt binaries exist for linux-x64 with glibc; in a checkout run `npm run build:native` (needs a C++ compiler and CMake).',
+      { cause },
+    )
+  }
+}

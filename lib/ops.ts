@@ -1,0 +1,289 @@
+import { native } from './native.ts'
+import { type DType, Tensor } from './tensor.ts'
+
+export type Activation = 'none' | 'gelu' | 'gelu_tanh' | 'quick_gelu' | 'silu'
+
+/**
+ * The op table: parameter names in the addon's order, with their types. A test holds it against native/ops.cpp, and
+ * `call` refuses to run an op whose row differs.
+ */
+export const OPS = {
+  cast: 'x:tensor dtype:dtype',
+  permute: 'x:tensor dims:int[]',
+  scaleColumns: 'w:tensor scale:tensor',
+  packLinear: 'weights:tensor[] dtype:dtype gated:bool',
+  linear: 'x:tensor w:tensor bias:tensor? scale:tensor? residual:tensor? activation:activation',
+  moeRoute: 'logits:tensor topK:int',
+  groupedLinear: 'x:tensor w:tensor[] ids:tensor weights:tensor? residual:tensor? activation:activation',
+  conv2d:
+    'x:tensor w:tensor bias:tensor? scale:tensor? residual:tensor? kernel:int[] stride:int pad:int activation:activation',
+  depthwiseConvNorm: 'x:tensor w:tensor bias:tensor normWeight:tensor normBias:tensor eps:float',
+  rmsNorm: 'x:tensor weight:tensor residual:tensor? eps:float weightOffset:float',
+  layerNorm: 'x:tensor weight:tensor bias:tensor residual:tensor? eps:float',
+  attention: 'q:tensor k:tensor v:tensor cuQ:tensor cuK:tensor scale:float causal:bool',
+  pagedAttention:
+    'q:tensor kPages:tensor vPages:tensor blockTable:tensor cuQ:tensor contextLens:tensor scale:float',
+  ropeAndCache: 'qkv:tensor positions:tensor slots:tensor invFreq:tensor kPages:tensor vPages:tensor',
+  patchMining: 'g:tensor stages:tensor[] grid:int downscale:int eps:float scale:float',
+  resizeBilinear: 'x:tensor height:int width:int',
+  embedding: 'table:tensor ids:tensor scale:float',
+  spliceEmbeddings: 'text:tensor image:tensor index:tensor',
+  sample: 'logits:tensor options:tensor state:tensor history:tensor? mask:tensor? topLogprobs:int',
+} as const
+
+export type OpName = keyof typeof OPS
+
+let indexOf: Map<string, number> | undefined
+
+function call(
+  name: OpName,
+  ...args: (Tensor | readonly Tensor[] | undefined | number | string | boolean | readonly number[])[]
+): Tensor[] {
+  const addon = native()
+  indexOf ??= new Map(addon.opTable().map((op, index) => [op.name, index]))
+  const handles = args.map(arg =>
+    arg instanceof Tensor
+      ? arg.alive().handle
+      : Array.isArray(arg) && arg[0] instanceof Tensor
+        ? (arg as Tensor[]).map(tensor => tensor.alive().handle)
+        : arg,
+  )
+  return addon.call(indexOf.get(name)!, handles).map(handle => new Tensor(handle))
+}
+
+function one(results: Tensor[]): Tensor {
+  return results[0]!
+}
+
+/** A contiguous copy of `x` (any strides) as `dtype`; f32, bf16 and f16 convert to each other, others copy only. */
+export function cast(x: Tensor, dtype: DType): Tensor {
+  return one(call('cast', x, dtype))
+}
+
+/** A contiguous copy of `x` with dimension i taken from `dims[i]` of `x`. */
+export function permute(x: Tensor, dims: readonly number[]): Tensor {
+  return one(call('permute', x, dims))
+}
+
+/** `w[n, k] * scale[k]`, f32 [N, K]. */
+export function scaleColumns(w: Tensor, scale: Tensor): Tensor {
+  return one(call('scaleColumns', w, scale))
+}
+
+export interface PackOptions {
+  /** Storage type, default that of the first weight; int8 and int4 are quantized in blocks of 32 along K. */
+  dtype?: DType
+  /** The stacked matrix is [gate; up] and its `linear` computes act(x gateᵀ) ⊙ (x upᵀ). */
+  gated?: boolean
+}
+
+/**
+ * Stacks weight matrices [N_i, K] (f32, bf16, f16) along N and stores them in the backend's order for `linear`,
+ * `groupedLinear`, `conv2d` and `embedding`. The result has shape [ΣN_i, K].
+ */
+export function packLinear(weights: Tensor | readonly Tensor[], options: PackOptions = {}): Tensor {
+  const list = weights instanceof Tensor ? [weights] : weights
+  return one(call('packLinear', list, options.dtype ?? list[0]!.dtype, options.gated ?? false))
+}
+
+export interface Epilogue {
+  /** [N] (gated: [2N]). */
+  bias?: Tensor | undefined
+  /** [N], multiplied after the activation: ConvNeXt's layer scale. */
+  scale?: Tensor | undefined
+  /** [R, N] with M a multiple of R; row m gets row m mod R added. */
+  residual?: Tensor | undefined
+  /** Default 'none'. 'gelu' is the exact one (erf). */
+  activation?: Activation | undefined
+}
+
+/** residual + scale ⊙ act(x Wᵀ + bias). x [M, K] (rows may be strided), w packed [N, K] → [M, N]. */
+export function linear(x: Tensor, w: Tensor, epilogue: Epilogue = {}): Tensor {
+  const { bias, scale, residual, activation = 'none' } = epilogue
+  return one(call('linear', x, w, bias, scale, residual, activation))
+}
+
+/** Softmax over the experts, the k largest renormalized to sum 1. logits [T, E] → weights f32 [T, k], ids i32 [T, k]. (Mixtral) */
+export function moeRoute(logits: Tensor, topK: number): { weights: Tensor; ids: Tensor } {
+  const [weights, ids] = call('moeRoute', logits, topK)
+  return { weights: weights!, ids: ids! }
+}
+
+/**
+ * One linear an expert. Without `weights`: x [T, K] → [T·k, N], row t·k+j by expert ids[t, j]. With `weights` [T, k]:
+ * x [T·k, K] → [T, N], row t the weighted sum of its k rows, plus `residual`.
+ */
+export function groupedLinear(
+  x: Tensor,
+  w: readonly Tensor[],
+  ids: Tensor,
+  options: { weights?: Tensor; residual?: Tensor; activation?: Activation } = {},
+): Tensor {
+  return one(
+    call('groupedLinear', x, w, ids, options.weights, options.residual, options.activation ?? 'none'),
+  )
+}
+
+/**
+ * 2-D convolution. x [B, H, W, C]; w packed [O, kh·kw·C], i.e. `permute(weight, [0, 2, 3, 1])` flattened → [B, OH, OW, O].
+ * residual [R, O] is added to output position r (over B·OH·OW) from row r mod R.
+ */
+export function conv2d(
+  x: Tensor,
+  w: Tensor,
+  options: Epilogue & { kernel: readonly [number, number]; stride?: number; pad?: number },
+): Tensor {
+  const { bias, scale, residual, activation = 'none', kernel, stride = 1, pad = 0 } = options
+  return one(call('conv2d', x, w, bias, scale, residual, kernel, stride, pad, activation))
+}
+
+/** LayerNorm over channels of a depthwise convolution with "same" zero padding. x [B, H, W, C], w [kh, kw, C] f32. (ConvNeXt block) */
+export function depthwiseConvNorm(
+  x: Tensor,
+  w: Tensor,
+  options: { bias: Tensor; normWeight: Tensor; normBias: Tensor; eps: number },
+): Tensor {
+  return one(call('depthwiseConvNorm', x, w, options.bias, options.normWeight, options.normBias, options.eps))
+}
+
+/** x / rms(x) ⊙ (weight + weightOffset) over the last dimension. x [T, C]. Gemma: weightOffset 1. */
+export function rmsNorm(x: Tensor, weight: Tensor, options: { eps: number; weightOffset?: number }): Tensor {
+  return one(call('rmsNorm', x, weight, undefined, options.eps, options.weightOffset ?? 0))
+}
+
+/** `rmsNorm(x + residual)` and the sum itself. */
+export function addRmsNorm(
+  x: Tensor,
+  residual: Tensor,
+  weight: Tensor,
+  options: { eps: number; weightOffset?: number },
+): { normed: Tensor; sum: Tensor } {
+  const [normed, sum] = call('rmsNorm', x, weight, residual, options.eps, options.weightOffset ?? 0)
+  return { normed: normed!, sum: sum! }
+}
+
+/** LayerNorm over the last dimension. x [T, C]. */
+export function layerNorm(x: Tensor, weight: Tensor, bias: Tensor, options: { eps: number }): Tensor {
+  return one(call('layerNorm', x, weight, bias, undefined, options.eps))
+}
+
+/** `layerNorm(x + residual)` and the sum itself. */
+export function addLayerNorm(
+  x: Tensor,
+  residual: Tensor,
+  weight: Tensor,
+  bias: Tensor,
+  options: { eps: number },
+): { normed: Tensor; sum: Tensor } {
+  const [normed, sum] = call('layerNorm', x, weight, bias, residual, options.eps)
+  return { normed: normed!, sum: sum! }
+}
+
+/**
+ * Varlen softmax attention. q [Tq, H, D], k and v [Tk, KV, D] (rows may be strided), cuQ and cuK i32 [B+1] → [Tq, H, D].
+ * scale defaults to 1/√D. Causal masks align the ends of queries and keys.
+ */
+export function attention(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  options: { cuQ: Tensor; cuK?: Tensor; scale?: number; causal?: boolean },
+): Tensor {
+  const scale = options.scale ?? 1 / Math.sqrt(q.shape[2]!)
+  return one(
+    call('attention', q, k, v, options.cuQ, options.cuK ?? options.cuQ, scale, options.causal ?? false),
+  )
+}
+
+/**
+ * Causal attention of each sequence's newest queries over its KV pages. q [T, H, D], pages [P, KV, pageSize, D],
+ * blockTable i32 [B, maxBlocks], cuQ i32 [B+1], contextLens i32 [B] (new tokens included) → [T, H, D].
+ */
+export function pagedAttention(
+  q: Tensor,
+  kPages: Tensor,
+  vPages: Tensor,
+  options: { blockTable: Tensor; cuQ: Tensor; contextLens: Tensor; scale?: number },
+): Tensor {
+  const scale = options.scale ?? 1 / Math.sqrt(q.shape[2]!)
+  return one(
+    call('pagedAttention', q, kPages, vPages, options.blockTable, options.cuQ, options.contextLens, scale),
+  )
+}
+
+/**
+ * Rotary embedding (halves rotated) of the q and k parts of qkv [T, (H+2·KV)·D]; k and v are written to their slots of
+ * the pages (slot = page · pageSize + offset, negative: nowhere). positions, slots i32 [T]; invFreq f32 [D/2] → q [T, H, D].
+ */
+export function ropeAndCache(
+  qkv: Tensor,
+  options: { positions: Tensor; slots: Tensor; invFreq: Tensor; kPages: Tensor; vPages: Tensor },
+): Tensor {
+  return one(
+    call(
+      'ropeAndCache',
+      qkv,
+      options.positions,
+      options.slots,
+      options.invFreq,
+      options.kPages,
+      options.vPages,
+    ),
+  )
+}
+
+/**
+ * The fused middle of patch info mining (docs/architecture.md, section 4; MGM paper, section 3.2).
+ * g [B·grid², C] are the queries carried through both projections and γ_k; stages are the four ConvNeXt maps
+ * [B, H_s, W_s, c_s] with Σc_s = C. Result [B·grid², C]: Σ_p a(p) r(p) (x(p) − μ(p)) for each query's window.
+ * `downscale` > 1 mines the map bilinearly scaled by 1/downscale (the HD global view).
+ */
+export function patchMining(
+  g: Tensor,
+  stages: readonly Tensor[],
+  options: { grid: number; scale: number; eps: number; downscale?: number },
+): Tensor {
+  return one(call('patchMining', g, stages, options.grid, options.downscale ?? 1, options.eps, options.scale))
+}
+
+/** Bilinear resize, align_corners=false, no antialias (torch.nn.functional.interpolate). x [B, H, W, C] → [B, height, width, C]. */
+export function resizeBilinear(x: Tensor, height: number, width: number): Tensor {
+  return one(call('resizeBilinear', x, height, width))
+}
+
+/** scale · table[ids]; a negative id gives a row of zeros. table [V, C] (any float dtype, or packed), ids i32 [T] → f32 [T, C]. */
+export function embedding(table: Tensor, ids: Tensor, scale = 1): Tensor {
+  return one(call('embedding', table, ids, scale))
+}
+
+/** Row p is text[index[p]], or image[−1 − index[p]] where index[p] is negative. text [T, C], image [M, C], index i32 [P] → [P, C]. */
+export function spliceEmbeddings(text: Tensor, image: Tensor, index: Tensor): Tensor {
+  return one(call('spliceEmbeddings', text, image, index))
+}
+
+/**
+ * One next token a row. logits f32 [B, V]; options f32 [B, 6]: temperature, top_p, min_p, repetition, presence, frequency
+ * penalties (off: 0, 1, 0, 1, 0, 0); state i32 [B, 5]: top_k (0 off), seed low and high, step, history length;
+ * history i32 [B, H]; mask u8 [B, ⌈V/8⌉]. ids i32 [B] (−1: NaN logits, or nothing allowed), logprobs f32 [B, 1+n], topIds i32 [B, n].
+ */
+export function sample(
+  logits: Tensor,
+  options: {
+    options: Tensor
+    state: Tensor
+    history?: Tensor | undefined
+    mask?: Tensor | undefined
+    topLogprobs?: number
+  },
+): { ids: Tensor; logprobs: Tensor; topIds: Tensor | undefined } {
+  const [ids, logprobs, topIds] = call(
+    'sample',
+    logits,
+    options.options,
+    options.state,
+    options.history,
+    options.mask,
+    options.topLogprobs ?? 0,
+  )
+  return { ids: ids!, logprobs: logprobs!, topIds }
+}
