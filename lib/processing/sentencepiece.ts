@@ -225,10 +225,10 @@ export function toTokenizerJson(model: SentencePieceModel): {
     post_processor: null,
     decoder: null,
   }
-  const unk = pieces[model.unkId]!.text
   if (model.algorithm === 'unigram') {
-    // Ids are those of this list, not the model's: see createEncoder.
-    const vocab: [string, number][] = [[unk, 0]]
+    // Ids are those of this list, not the model's: see createEncoder. The library would find the unknown piece's name in a
+    // text, so it gets one that no well-formed text holds.
+    const vocab: [string, number][] = [['\uD800', 0]]
     for (const { text, score, type } of pieces) if (type === 'normal') vocab.push([text, score])
     return { ...rest, model: { type: 'Unigram', unk_id: 0, vocab } }
   }
@@ -240,7 +240,7 @@ export function toTokenizerJson(model: SentencePieceModel): {
     ...rest,
     model: {
       type: 'BPE',
-      unk_token: unk,
+      unk_token: pieces[model.unkId]!.text,
       fuse_unk: true,
       byte_fallback: model.byteFallback,
       vocab,
@@ -283,6 +283,8 @@ function listMerges({ pieces }: SentencePieceModel): Merge[] {
  * Makes the function that turns one text into ids, as `SentencePieceProcessor::Encode`.
  *
  * @param dummyPrefix overrides the model's own `addDummyPrefix`
+ * @returns a function of the text and of `keepLeadingSpace`, which spares the text's first space where the model removes
+ *   extra ones (default false)
  */
 export function createEncoder(
   model: SentencePieceModel,
