@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -64,21 +65,20 @@ export interface Native {
 
 let loaded: Native | undefined
 
+/** The addon's file: `build/` of a checkout, else what node-gyp-build finds in `prebuilds/`. Throws if there is none. */
+export function addonPath(): string {
+  const root = join(dirname(fileURLToPath(import.meta.url)), '..')
+  const checkout = join(root, 'build', 'native', 'Release', 'mgm.node')
+  if (existsSync(checkout)) return checkout
+  const find = createRequire(import.meta.url)('node-gyp-build') as { path(folder: string): string }
+  return find.path(root)
+}
+
 /** Loads the addon: `prebuilds/` of the package, or `build/` of a checkout. Throws NATIVE_UNAVAILABLE with causes and cures. */
 export function native(): Native {
   if (loaded) return loaded
-  const require = createRequire(import.meta.url)
-  const root = join(dirname(fileURLToPath(import.meta.url)), '..')
   try {
-    const checkout = join(root, 'build', 'native', 'Release', 'mgm.node')
-    const load = require('node-gyp-build') as (dir: string) => Native
-    let addon: Native
-    try {
-      addon = require(checkout) as Native
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== 'MODULE_NOT_FOUND') throw error
-      addon = load(root)
-    }
+    const addon = createRequire(import.meta.url)(addonPath()) as Native
     addon.setErrorClass(MgmError)
     loaded = addon
     return addon
