@@ -1,0 +1,211 @@
+import type { ClipConfig } from '../checkpoint/config.ts'
+import { clipLayersUsed } from '../checkpoint/weights.ts'
+import {
+  type Activation,
+  attention,
+  cast,
+  conv2d,
+  layerNorm,
+  linear,
+  packLinear,
+  spliceEmbeddings,
+} from '../ops.ts'
+import { scope, type Tensor } from '../tensor.ts'
+import { activationOf, advance, type Loader, type Observe, under, type Weights } from './loader.ts'
+
+export interface ClipSelect {
+  /** Index into the hidden states; negative counts from the end, 0 is the input of the first layer. MGM: -2. */
+  layer: number
+  /** 'patch' drops the class token. */
+  feature: 'patch' | 'cls_patch'
+}
+
+/** One pre-norm encoder layer. Source: `CLIPEncoderLayer` of transformers. */
+export class ClipEncoderLayer {
+  private readonly w: Awaited<ReturnType<typeof loadLayer>>
+  private readonly heads: number
+  private readonly eps: number
+  private readonly activation: Activation
+
+  private constructor(w: Awaited<ReturnType<typeof loadLayer>>, config: ClipConfig) {
+    this.w = w
+    this.heads = config.num_attention_heads
+    this.eps = config.layer_norm_eps
+    this.activation = activationOf(config.hidden_act)
+  }
+
+  static async load(loader: Loader, weights: Weights, config: ClipConfig): Promise<ClipEncoderLayer> {
+    return new ClipEncoderLayer(await loadLayer(loader, weights, config), config)
+  }
+
+  /** x [T, C], whose sequences end at cu i32 [B+1] → [T, C]. */
+  forward(x: Tensor, cu: Tensor): Tensor {
+    const { w, heads, eps } = this
+    const [tokens, channels] = x.shape as [number, number]
+
+    // Attention.
+    const normed = layerNorm(x, w.layer_norm1.weight, w.layer_norm1.bias, { eps })
+    const qkv = linear(normed, w.qkv.weight, { bias: w.qkv.bias }).reshape(
+      tokens,
+      3 * heads,
+      channels / heads,
+    )
+    const [q, k, v] = [0, 1, 2].map(i => qkv.narrow(1, i * heads, heads)) as [Tensor, Tensor, Tensor]
+    const attended = attention(q, k, v, { cuQ: cu }).reshape(tokens, channels)
+    const h = linear(attended, w.out_proj.weight, { bias: w.out_proj.bias, residual: x })
+
+    // MLP.
+    const inner = linear(layerNorm(h, w.layer_norm2.weight, w.layer_norm2.bias, { eps }), w.fc1.weight, {
+      bias: w.fc1.bias,
+      activation: this.activation,
+    }) // [T, 4C]
+    return linear(inner, w.fc2.weight, { bias: w.fc2.bias, residual: h })
+  }
+}
+
+async function loadLayer(loader: Loader, weights: Weights, config: ClipConfig) {
+  const { hidden_size: c, intermediate_size: inner } = config
+  const dense = (name: string, out: number, input: number) => ({
+    weight: loader.linear(weights.take(`${name}.weight`, [out, input])),
+    bias: loader.f32(weights.take(`${name}.bias`, [out])),
+  })
+  const qkv = ['q_proj', 'k_proj', 'v_proj'].map(name => under(weights, `self_attn.${name}.`))
+  const layer = {
+    layer_norm1: loadNorm(loader, under(weights, 'layer_norm1.'), c),
+    qkv: {
+      weight: loader.linear(qkv.map(part => part.take('weight', [c, c]))),
+      bias: loader.concat(qkv.map(part => part.take('bias', [c]))),
+    },
+    out_proj: dense('self_attn.out_proj', c, c),
+    layer_norm2: loadNorm(loader, under(weights, 'layer_norm2.'), c),
+    fc1: dense('mlp.fc1', inner, c),
+    fc2: dense('mlp.fc2', c, inner),
+  }
+  await loader.pause()
+  return layer
+}
+
+function loadNorm(loader: Loader, weights: Weights, channels: number) {
+  return {
+    weight: loader.f32(weights.take('weight', [channels])),
+    bias: loader.f32(weights.take('bias', [channels])),
+  }
+}
+
+/**
+ * CLIP's image encoder up to the selected layer: the layers after it, `post_layernorm` and the text side are neither
+ * loaded nor run. Source: `CLIPVisionModel` of transformers, `CLIPVisionTower` of MGM.
+ */
+export class ClipVision {
+  readonly config: ClipConfig
+  readonly select: ClipSelect
+  /** Patches on a side of the picture. */
+  readonly grid: number
+  private readonly loader: Loader
+  private readonly w: Awaited<ReturnType<typeof loadEmbeddings>>
+  private readonly layers: readonly ClipEncoderLayer[]
+
+  private constructor(
+    loader: Loader,
+    config: ClipConfig,
+    select: ClipSelect,
+    w: Awaited<ReturnType<typeof loadEmbeddings>>,
+    layers: readonly ClipEncoderLayer[],
+  ) {
+    this.loader = loader
+    this.config = config
+    this.select = select
+    this.grid = Math.floor(config.image_size / config.patch_size)
+    this.w = w
+    this.layers = layers
+  }
+
+  /** `weights` holds the names of the release: `vision_model.…`. */
+  static async load(
+    loader: Loader,
+    weights: Weights,
+    config: ClipConfig,
+    select: ClipSelect,
+  ): Promise<ClipVision> {
+    const model = under(weights, 'vision_model.')
+    const embeddings = await loadEmbeddings(loader, model, config)
+    const layers: ClipEncoderLayer[] = []
+    for (let i = 0; i < clipLayersUsed(config, select.layer); i++)
+      layers.push(await ClipEncoderLayer.load(loader, under(model, `encoder.layers.${i}.`), config))
+    return new ClipVision(loader, config, select, embeddings, layers)
+  }
+
+  /** Rows a picture gives. */
+  get tokens(): number {
+    return this.grid ** 2 + (this.select.feature === 'cls_patch' ? 1 : 0)
+  }
+
+  /** pixels [B, S, S, 3] f32, normalised → [B·tokens, C], row-major patches (after the class token, if selected). */
+  forward(pixels: Tensor, observe?: Observe): Tensor {
+    return scope(() => {
+      const batch = pixels.shape[0]!
+      const patches = this.grid ** 2
+      const length = patches + 1
+      const channels = this.config.hidden_size
+      const cu = this.loader.device.tensor(
+        Int32Array.from({ length: batch + 1 }, (_, b) => b * length),
+        [batch + 1],
+      )
+
+      let x = this.embed(pixels, observe) // [B·(1+P), C]
+      observe?.('hidden_0', x)
+      this.layers.forEach((layer, i) => {
+        x = advance(x, x => layer.forward(x, cu))
+        observe?.(`hidden_${i + 1}`, x)
+      })
+      if (this.select.feature === 'cls_patch') return x
+      return cast(x.reshape(batch, length, channels).narrow(1, 1, patches), 'f32').reshape(-1, channels)
+    })
+  }
+
+  private embed(pixels: Tensor, observe?: Observe): Tensor {
+    return scope(() => {
+      const { w } = this
+      const { patch_size: size, hidden_size: channels, layer_norm_eps: eps } = this.config
+      const batch = pixels.shape[0]!
+      const patches = this.grid ** 2
+      const patchRows = conv2d(pixels, w.patch_embedding, {
+        kernel: [size, size],
+        stride: size,
+        residual: w.patch_positions,
+      }).reshape(batch * patches, channels)
+
+      // The class token goes in front of each picture's patches.
+      const index = new Int32Array(batch * (patches + 1))
+      for (let b = 0; b < batch; b++)
+        for (let p = 0; p < patches; p++) index[b * (patches + 1) + 1 + p] = -1 - (b * patches + p)
+      const embedded = spliceEmbeddings(
+        w.class_row,
+        patchRows,
+        this.loader.device.tensor(index, [index.length]),
+      )
+      observe?.('embeddings', embedded)
+      return layerNorm(embedded, w.pre_layrnorm.weight, w.pre_layrnorm.bias, { eps })
+    })
+  }
+}
+
+async function loadEmbeddings(loader: Loader, weights: Weights, config: ClipConfig) {
+  const { hidden_size: c, patch_size: size, image_size } = config
+  const patches = Math.floor(image_size / size) ** 2
+  const embeddings = under(weights, 'embeddings.')
+  const classEmbedding = embeddings.take('class_embedding', [c])
+  const positions = embeddings.take('position_embedding.weight', [patches + 1, c])
+  const all = () => cast(loader.tensor(positions), 'f32')
+  return {
+    patch_embedding: loader.conv(embeddings.take('patch_embedding.weight', [c, 3, size, size])),
+    /** [P, C] */
+    patch_positions: loader.build(() => all().narrow(0, 1, patches)),
+    /** [1, C] the class token with its position. */
+    class_row: loader.build(() => {
+      const column = packLinear(cast(loader.tensor(classEmbedding), 'f32').reshape(c, 1), { dtype: 'f32' })
+      return linear(loader.device.tensor([1], [1, 1]), column, { residual: all().narrow(0, 0, 1) })
+    }),
+    pre_layrnorm: loadNorm(loader, under(weights, 'pre_layrnorm.'), c),
+  }
+}

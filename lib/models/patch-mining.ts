@@ -1,0 +1,100 @@
+import { expected } from '../errors.ts'
+import { cast, layerNorm, linear, packLinear, patchMining, permute, scaleColumns } from '../ops.ts'
+import { scope, type Tensor } from '../tensor.ts'
+import { type Loader, under, type Weights } from './loader.ts'
+
+/** torch's default, which the reference's LayerNorms keep. */
+const EPS = 1e-5
+
+/**
+ * Patch info mining: each low-resolution token attends to the high-resolution positions of its own window (MGM paper,
+ * section 3.2; `unified_resampler` of MGM, names `vlm_uni_*`).
+ *
+ * With one query for a window both projections move to the query side, so that keys and values are never formed:
+ *
+ *     Q = W_q LN(q) + b_q          g = Q (W_k diag γ_k)        z = Σ_p a(p) (x(p) − μ(p)) r(p),  a = softmax of g·x
+ *     out = (W_v diag γ_v) z + (W_v β_v + b_v)
+ *
+ * What β_k and b_k add to a score is the same for all positions of a window, and softmax ignores it.
+ */
+export class PatchMining {
+  /** Channels of the query and of the result. */
+  readonly channels: number
+  /** Channels of the four maps together. */
+  readonly mapChannels: number
+  private readonly w: ReturnType<typeof loadWeights>
+
+  private constructor(channels: number, mapChannels: number, w: ReturnType<typeof loadWeights>) {
+    this.channels = channels
+    this.mapChannels = mapChannels
+    this.w = w
+  }
+
+  static async load(
+    loader: Loader,
+    weights: Weights,
+    channels: number,
+    mapChannels: number,
+  ): Promise<PatchMining> {
+    const mining = new PatchMining(channels, mapChannels, loadWeights(loader, weights, channels, mapChannels))
+    await loader.pause()
+    return mining
+  }
+
+  /**
+   * query [B·grid², C], row-major over a grid × grid; stages are the four maps [B, H_s, W_s, c_s] → the mined features
+   * [B·grid², C], plus `residual` if given. `downscale` n mines the maps bilinearly scaled by 1/n.
+   */
+  forward(
+    query: Tensor,
+    stages: readonly Tensor[],
+    options: { grid: number; downscale?: number; residual?: Tensor },
+  ): Tensor {
+    const { grid, downscale = 1, residual } = options
+    const side = Math.floor(stages[0]!.shape[1]! / downscale)
+    if (side < grid || side % grid !== 0)
+      throw expected(`a multiple of the ${grid} × ${grid} queries`, 'the side of the map to mine', side)
+    return scope(() => {
+      const { w } = this
+      const normed = layerNorm(query, w.query_norm.weight, w.query_norm.bias, { eps: EPS })
+      const q = linear(normed, w.query, { bias: w.query_bias }) // [B·grid², C]
+      const g = linear(q, w.key) // [B·grid², ΣC_s]
+      const z = patchMining(g, stages, { grid, downscale, scale: 1 / Math.sqrt(this.channels), eps: EPS })
+      return linear(z, w.value, { bias: w.value_bias, residual }) // [B·grid², C]
+    })
+  }
+}
+
+function loadWeights(loader: Loader, weights: Weights, c: number, mapC: number) {
+  const part = (name: string, input: number) => {
+    const [norm, dense] = [under(weights, `${name}.0.`), under(weights, `${name}.1.`)]
+    return {
+      gamma: norm.take('weight', [input]),
+      beta: norm.take('bias', [input]),
+      weight: dense.take('weight', [c, input]),
+      bias: dense.take('bias', [c]),
+    }
+  }
+  const query = part('vlm_uni_query_projector', c)
+  const aux = part('vlm_uni_aux_projector', mapC)
+  const val = part('vlm_uni_val_projector', mapC)
+  const f32 = (entry: typeof aux.weight) => cast(loader.tensor(entry), 'f32')
+  return {
+    query_norm: { weight: loader.f32(query.gamma), bias: loader.f32(query.beta) },
+    query: loader.linear(query.weight),
+    query_bias: loader.f32(query.bias),
+    // Products with γ need more bits than the factors have, so these two stay f32 whatever the storage type is.
+    /** (W_k diag γ_k)ᵀ, packed [ΣC_s, C]. */
+    key: loader.build(() =>
+      packLinear(permute(scaleColumns(f32(aux.weight), f32(aux.gamma)), [1, 0]), { dtype: 'f32' }),
+    ),
+    /** W_v diag γ_v, packed [C, ΣC_s]. */
+    value: loader.build(() => packLinear(scaleColumns(f32(val.weight), f32(val.gamma)), { dtype: 'f32' })),
+    /** W_v β_v + b_v. */
+    value_bias: loader.build(() =>
+      linear(f32(val.beta).reshape(1, mapC), packLinear(f32(val.weight), { dtype: 'f32' }), {
+        bias: f32(val.bias),
+      }).reshape(c),
+    ),
+  }
+}
