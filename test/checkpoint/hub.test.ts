@@ -47,6 +47,8 @@ interface Manners {
   status?: (url: string) => number | undefined
   extraEntry?: object
   hang?: boolean
+  /** The CDN says it is one, so that its own URL is used for the body. */
+  cloudfront?: boolean
 }
 
 let manners: Manners
@@ -76,7 +78,10 @@ function sendFile(path: string, request: IncomingMessage, response: ServerRespon
   }
   const range = /^bytes=(\d+)-(\d*)$/.exec(request.headers.range ?? '')
   const isProbe = range?.[2] === '0'
-  const headers = { etag: isLfs(path) ? '"some-cdn-etag"' : `"${gitHash(data)}"` }
+  const headers = {
+    etag: isLfs(path) ? '"some-cdn-etag"' : `"${gitHash(data)}"`,
+    ...(manners.cloudfront && { 'x-cache': 'Hit from cloudfront' }),
+  }
   if (range && (isProbe || !manners.ignoreRange)) {
     const start = Number(range[1])
     const end = range[2] ? Math.min(Number(range[2]), data.length - 1) : data.length - 1
@@ -204,6 +209,14 @@ describe('resolveCheckpoint', () => {
     expect(requests.filter(r => r.host === 'hub').every(r => r.authorization === 'Bearer hf_secret')).toBe(
       true,
     )
+  })
+
+  it('does not show the token to a CDN', async () => {
+    manners = { cloudfront: true }
+    await resolve()
+    const asked = requests.filter(r => r.url.endsWith('model.safetensors'))
+    expect(asked.map(r => r.host)).toEqual(['hub', 'cdn', 'cdn'])
+    expect(asked.map(r => r.authorization)).toEqual(['Bearer hf_secret', undefined, undefined])
   })
 
   it('downloads nothing twice', async () => {
