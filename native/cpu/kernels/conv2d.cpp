@@ -1,0 +1,84 @@
+// Convolution as a Gemm whose rows of A are patches, copied straight from the image into the engine's A
+// block. In NHWC the kw pixels of one kernel row are one contiguous run of kw*C floats, so a block of a patch
+// is a few memcpys, and zeros where the kernel hangs over the border.
+#include "gemm.h"
+
+namespace mgm::cpu::MGM_ISA {
+namespace {
+
+struct Patches {
+  const float* x;
+  int64_t batch_stride, row_stride, pixel_stride;
+  int64_t height, width, channels;
+  int64_t out_height, out_width;
+  int64_t kernel_w, stride, pad;
+};
+
+MGM_INLINE void zero(float* p, int64_t n) {
+  std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
+}
+MGM_INLINE void copy(float* to, const float* from, int64_t n) {
+  std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+}
+
+// Entries [begin, end) of one kernel row: pixels ix, ix + 1, ... of the image row `line`.
+void fill_run(const Patches& p, const float* line, int64_t ix, int64_t begin, int64_t end, float* dst) {
+  if (p.pixel_stride != p.channels) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t pixel = ix + at / p.channels, channel = at % p.channels;
+      const int64_t n = p.channels - channel < end - at ? p.channels - channel : end - at;
+      if (pixel < 0 || pixel >= p.width)
+        zero(dst, n);
+      else
+        copy(dst, line + pixel * p.pixel_stride + channel, n);
+      dst += n;
+      at += n;
+    }
+    return;
+  }
+  // The entries inside the image.
+  int64_t low = -ix * p.channels, high = (p.width - ix) * p.channels;
+  low = low < begin ? begin : low > end ? end : low;
+  high = high > end ? end : high < low ? low : high;
+  if (low > begin) zero(dst, low - begin);
+  if (high > low) copy(dst + (low - begin), line + ix * p.channels + low, high - low);
+  if (end > high) zero(dst + (high - begin), end - high);
+}
+
+void fill_patch(const void* context, int64_t row, int64_t k0, int kc, float* dst) {
+  const Patches& p = *static_cast<const Patches*>(context);
+  const int64_t ox = row % p.out_width, oy = row / p.out_width % p.out_height,
+                b = row / p.out_width / p.out_height;
+  const int64_t ix = ox * p.stride - p.pad, run = p.kernel_w * p.channels;
+  int64_t iy = oy * p.stride - p.pad + k0 / run, begin = k0 % run, left = kc;
+  while (left > 0) {
+    const int64_t end = begin + left < run ? begin + left : run;
+    if (iy < 0 || iy >= p.height)
+      zero(dst, end - begin);
+    else
+      fill_run(p, p.x + b * p.batch_stride + iy * p.row_stride, ix, begin, end, dst);
+    dst += end - begin;
+    left -= end - begin;
+    begin = 0;
+    ++iy;
+  }
+}
+
+}  // namespace
+
+void conv2d(const Conv2dArgs& args, ThreadPool& pool) {
+  const View &x = args.x, &out = args.out;
+  const Patches patches = {x.f32(),    x.strides[0], x.strides[1], x.strides[2],  x.shape[1],  x.shape[2],
+                           x.shape[3], out.shape[1], out.shape[2], args.kernel_w, args.stride, args.pad};
+  Gemm g;
+  set_weights(g, args.w);
+  set_epilogue(g, args.bias, args.scale, args.residual, args.activation);
+  g.rows = out.shape[0] * out.shape[1] * out.shape[2];
+  g.fill = fill_patch;
+  g.context = &patches;
+  g.out = out.f32();
+  g.out_stride = out.shape[3];
+  gemm(&g, 1, pool);
+}
+
+}  // namespace mgm::cpu::MGM_ISA
