@@ -44,6 +44,18 @@ export interface NativeDevice {
   close(): Promise<void>
 }
 
+/** Geometry of a Pillow-exact bicubic resize: padding to a square, the whole resized size, the part that is made. */
+export interface NativeResize {
+  width: number
+  height: number
+  cropX: number
+  cropY: number
+  cropWidth: number
+  cropHeight: number
+  /** Colour of the square that the picture is first centred on; none: no padding. */
+  pad?: readonly number[] | undefined
+}
+
 export interface NativeOp {
   name: string
   params: { name: string; type: string }[]
@@ -61,6 +73,23 @@ export interface Native {
   fmaPeak(threads: number, seconds: number): Promise<number>
   /** Bytes a second read from main memory by `threads` threads for about `seconds`. */
   readBandwidth(threads: number, seconds: number): Promise<number>
+  /** The three image functions run on libuv's threads and read `data` in place: leave it alone until they settle. */
+  resizeBicubic(
+    data: Uint8Array,
+    width: number,
+    height: number,
+    resize: NativeResize,
+  ): Promise<Uint8Array<ArrayBuffer>>
+  /** Resized, cropped, /255, minus mean, over std: [cropHeight, cropWidth, 3]. */
+  preprocessImage(
+    data: Uint8Array,
+    width: number,
+    height: number,
+    resize: NativeResize,
+    mean: readonly number[],
+    std: readonly number[],
+  ): Promise<Float32Array<ArrayBuffer>>
+  cmykToRgb(data: Uint8Array, width: number, height: number): Promise<Uint8Array<ArrayBuffer>>
 }
 
 let loaded: Native | undefined
