@@ -109,7 +109,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   init_tensor(env, exports);
   init_device(env, exports);
   init_ops(env, exports);
-  if (init_image) init_image(env, exports);
+  init_image(env, exports);
   return exports;
 }
 

@@ -68,6 +68,6 @@ int64_t to_integer(const Napi::Value& value, const char* name);
 void init_tensor(Napi::Env env, Napi::Object exports);
 void init_device(Napi::Env env, Napi::Object exports);
 void init_ops(Napi::Env env, Napi::Object exports);
-__attribute__((weak)) Napi::Object init_image(Napi::Env env, Napi::Object exports);
+Napi::Object init_image(Napi::Env env, Napi::Object exports);
 
 }  // namespace mgm::addon

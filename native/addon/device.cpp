@@ -59,7 +59,10 @@ class GraphObject : public Napi::ObjectWrap<GraphObject> {
     return Napi::Number::New(info.Env(), static_cast<double>(alive(info.Env())->length()));
   }
   void replay(const Napi::CallbackInfo& info) {
-    guarded(info.Env(), [&] { device_->replay(alive(info.Env())); });
+    guarded(info.Env(), [&] {
+      const auto& graph = alive(info.Env());
+      device_->replay(graph);
+    });
   }
   void dispose(const Napi::CallbackInfo&) {
     graph_.reset();

@@ -118,7 +118,7 @@ Napi::Value resize_bicubic(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const Picture picture = to_picture(info, 3);
     const processing::Resize resize = to_resize(info[3]);
-    const auto out = Napi::Uint8Array::New(
+    auto out = Napi::Uint8Array::New(
         info.Env(), static_cast<size_t>(resize.crop_width) * static_cast<size_t>(resize.crop_height) * 3);
     uint8_t* to = out.Data();
     return start(info.Env(), picture.bytes, out,
@@ -136,7 +136,7 @@ Napi::Value preprocess_image(const Napi::CallbackInfo& info) {
     const std::vector<float> mean = to_floats(info[4], "mean", -1e6f, 1e6f);
     const std::vector<float> std = to_floats(info[5], "std", 1e-6f, 1e6f);
     const int64_t pixels = resize.crop_width * resize.crop_height;
-    const auto out = Napi::Float32Array::New(info.Env(), static_cast<size_t>(pixels) * 3);
+    auto out = Napi::Float32Array::New(info.Env(), static_cast<size_t>(pixels) * 3);
     float* to = out.Data();
     return start(
         info.Env(), picture.bytes, out,
@@ -153,7 +153,7 @@ Napi::Value cmyk_to_rgb(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const Picture picture = to_picture(info, 4);
     const int64_t pixels = picture.width * picture.height;
-    const auto out = Napi::Uint8Array::New(info.Env(), static_cast<size_t>(pixels) * 3);
+    auto out = Napi::Uint8Array::New(info.Env(), static_cast<size_t>(pixels) * 3);
     uint8_t* to = out.Data();
     return start(info.Env(), picture.bytes, out,
                  [data = picture.data, pixels, to] { processing::cmyk_to_rgb(data, pixels, to); });

@@ -1,0 +1,89 @@
+import { afterAll, expect } from 'vitest'
+import { Device } from '../../lib/device.ts'
+import type { Tensor } from '../../lib/tensor.ts'
+
+/** A device for a test file, closed after its tests. */
+export function openDevice(options: { threads?: number; memoryLimit?: number } = {}): Device {
+  const device = Device.open('cpu', options)
+  afterAll(() => device.close())
+  return device
+}
+
+/** Seeded random numbers (mulberry32). Print `seed` in a test's name or message so that a failure can be repeated. */
+export class Random {
+  readonly seed: number
+  #state: number
+  constructor(seed = (Math.random() * 2 ** 32) >>> 0) {
+    this.seed = seed
+    this.#state = seed
+  }
+  /** Uniform in [0, 1). */
+  next(): number {
+    this.#state = (this.#state + 0x6d2b79f5) | 0
+    let t = Math.imul(this.#state ^ (this.#state >>> 15), 1 | this.#state)
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32
+  }
+  /** An integer in [low, high]. */
+  integer(low: number, high: number): number {
+    return low + Math.floor(this.next() * (high - low + 1))
+  }
+  /** Standard normal (Box-Muller). */
+  normal(): number {
+    return Math.sqrt(-2 * Math.log(1 - this.next())) * Math.cos(2 * Math.PI * this.next())
+  }
+  /** f32 normals times `scale`. */
+  normals(count: number, scale = 1): Float32Array {
+    return Float32Array.from({ length: count }, () => this.normal() * scale)
+  }
+}
+
+export async function f32(tensor: Tensor): Promise<Float32Array> {
+  return tensor.readF32()
+}
+
+/**
+ * Every |actual − expected| ≤ absolute + relative·|expected|; NaN only where expected. The message names the worst pair
+ * and the share of the limit that was used.
+ */
+export function expectClose(
+  actual: ArrayLike<number>,
+  expected: ArrayLike<number>,
+  limit: { absolute: number; relative?: number },
+  what = 'values',
+): void {
+  expect(actual.length, `${what}: length`).toBe(expected.length)
+  let worst = 0
+  let where = -1
+  for (let i = 0; i < expected.length; i++) {
+    const a = actual[i]!
+    const e = expected[i]!
+    if (Object.is(a, e) || a === e) continue
+    const share = Math.abs(a - e) / (limit.absolute + (limit.relative ?? 0) * Math.abs(e))
+    if (!(share <= worst)) {
+      worst = Number.isNaN(share) ? Number.POSITIVE_INFINITY : share
+      where = i
+    }
+  }
+  if (worst > 1)
+    expect.fail(
+      `${what}: [${where}] is ${actual[where]}, expected ${expected[where]}: ${worst.toPrecision(3)} times the limit ` +
+        `(absolute ${limit.absolute}, relative ${limit.relative ?? 0}); first ${Array.from({ length: Math.min(6, actual.length) }, (_, i) => `${actual[i]} vs ${expected[i]}`).join(', ')}`,
+    )
+}
+
+/** bf16 or f16 bits to numbers. */
+export function fromHalf(bits: Uint16Array, dtype: 'bf16' | 'f16'): Float64Array {
+  return Float64Array.from(bits, h => {
+    if (dtype === 'bf16') {
+      const view = new DataView(new ArrayBuffer(4))
+      view.setUint32(0, h << 16)
+      return view.getFloat32(0)
+    }
+    const sign = h & 0x8000 ? -1 : 1
+    const exponent = (h >> 10) & 31
+    const mantissa = h & 1023
+    if (exponent === 31) return mantissa ? Number.NaN : sign * Number.POSITIVE_INFINITY
+    return sign * (exponent ? (1 + mantissa / 1024) * 2 ** (exponent - 15) : mantissa * 2 ** -24)
+  })
+}
