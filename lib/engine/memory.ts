@@ -1,0 +1,143 @@
+import { readFileSync } from 'node:fs'
+import { freemem } from 'node:os'
+import { join } from 'node:path'
+import type { Checkpoint } from '../checkpoint/weights.ts'
+import { CONVNEXT_IGNORED, clipIgnored, languageIgnored } from '../checkpoint/weights.ts'
+import { MgmError } from '../errors.ts'
+
+/** Bytes that this process may still take: what the machine has free, or its control groups allow if that is less. */
+export function availableMemory(): number {
+  return Math.min(freemem(), cgroupAvailable())
+}
+
+/**
+ * Room left in the control group and those above it (cgroup v2; v1 at its root). File pages count as room: the kernel
+ * drops them before it runs out. Infinity where there is no limit.
+ */
+function cgroupAvailable(): number {
+  const path = /^0::(\/.*)$/m.exec(readText('/proc/self/cgroup') ?? '')?.[1]
+  let available = Number.POSITIVE_INFINITY
+  if (path !== undefined) {
+    const parts = path.split('/').filter(part => part !== '' && part !== '..')
+    for (let depth = parts.length; depth >= 0; depth--) {
+      const folder = join('/sys/fs/cgroup', ...parts.slice(0, depth))
+      available = Math.min(available, room(folder, 'memory.max', 'memory.current', 'file'))
+    }
+  }
+  const v1 = '/sys/fs/cgroup/memory'
+  return Math.min(available, room(v1, 'memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_cache'))
+}
+
+function room(folder: string, limitFile: string, usageFile: string, cacheKey: string): number {
+  const limit = Number(readText(join(folder, limitFile)) || Number.NaN)
+  const usage = Number(readText(join(folder, usageFile)) || Number.NaN)
+  if (!Number.isFinite(limit) || !Number.isFinite(usage)) return Number.POSITIVE_INFINITY
+  const stat = readText(join(folder, 'memory.stat')) ?? ''
+  const cache = Number(new RegExp(`^${cacheKey} (\\d+)$`, 'm').exec(stat)?.[1] ?? 0)
+  return Math.max(0, limit - Math.max(0, usage - cache))
+}
+
+function readText(path: string): string | undefined {
+  try {
+    return readFileSync(path, 'utf8').trim()
+  } catch {
+    return undefined
+  }
+}
+
+const BITS = { f32: 32, bf16: 16, f16: 16, int8: 8.5, int4: 5 } as const
+
+/** Bytes of the weights in the device's form, by the same rules as `MgmModel.load`. */
+export function weightBytes(
+  checkpoint: Checkpoint,
+  options: {
+    dtype?: 'f32' | 'bf16' | 'f16' | undefined
+    quantize?: 'int8' | 'int4' | undefined
+  },
+): number {
+  const { config, clipConfig } = checkpoint
+  const parts = [
+    {
+      map: checkpoint.language,
+      ignored: languageIgnored(config),
+      quantize: options.quantize,
+    },
+    {
+      map: checkpoint.clip,
+      ignored: clipIgnored(clipConfig, config.mm_vision_select_layer),
+    },
+    { map: checkpoint.convnext, ignored: CONVNEXT_IGNORED },
+    { map: checkpoint.mining, ignored: [] },
+    { map: checkpoint.projector, ignored: [] },
+  ]
+  let bytes = 0
+  for (const { map, ignored, quantize } of parts) {
+    for (const { name, dtype, shape } of map.entries()) {
+      if (ignored.some(pattern => pattern.test(name))) continue
+      const size = shape.reduce((a, b) => a * b, 1)
+      const stored = dtype === 'bf16' || dtype === 'f16' ? dtype : 'f32'
+      const type = shape.length < 2 ? 'f32' : (quantize ?? options.dtype ?? stored)
+      bytes += (size * BITS[type]) / 8
+    }
+  }
+  return bytes
+}
+
+export interface MemoryPlan {
+  /** Bytes of the weights. */
+  weights: number
+  /** Bytes of activations in the largest step. */
+  work: number
+  /** Bytes of a KV page, all layers. */
+  bytesPerPage: number
+  pageSize: number
+  /** Pages that make one sequence as long as the context. */
+  pagesPerSequence: number
+  maxSequences: number
+  /** Most bytes for the KV cache; undefined: what fits, at most half of what is left. */
+  kvMemory?: number | undefined
+  /** Bytes there are. */
+  available: number
+}
+
+/**
+ * How many KV pages to have: enough for every sequence at full length where memory allows, at least for one.
+ * Throws OUT_OF_MEMORY, naming what is needed and what there is, before anything is loaded.
+ */
+export function planPages(plan: MemoryPlan): number {
+  const { weights, work, bytesPerPage, pagesPerSequence, available } = plan
+  const wanted = pagesPerSequence * plan.maxSequences
+  const left = available - weights - work
+  let pages: number
+  if (plan.kvMemory !== undefined) {
+    pages = Math.min(wanted, Math.floor(plan.kvMemory / bytesPerPage))
+    if (pages < 1)
+      throw new MgmError(
+        'OUT_OF_MEMORY',
+        `expected at least ${bytesPerPage} bytes (one page of ${plan.pageSize} positions) for kvMemory but received ${plan.kvMemory}`,
+      )
+  } else {
+    pages = Math.max(pagesPerSequence, Math.min(wanted, Math.floor(left / 2 / bytesPerPage)))
+  }
+  const cache = pages * bytesPerPage
+  if (weights + work + cache > available)
+    throw new MgmError(
+      'OUT_OF_MEMORY',
+      `the model needs ${formatBytes(weights + work + cache)} (weights ${formatBytes(weights)}, KV cache ${formatBytes(cache)}, ` +
+        `work ${formatBytes(work)}) but ${formatBytes(available)} are available; use a smaller dtype, quantize: 'int8' or 'int4', ` +
+        'or less kvMemory, or free memory',
+    )
+  return pages
+}
+
+export function formatBytes(bytes: number): string {
+  if (bytes < 1024) return `${Math.round(bytes)} B`
+  const units = ['KiB', 'MiB', 'GiB', 'TiB']
+  let value = bytes
+  let unit = -1
+  while (value >= 1024 && unit < units.length - 1) {
+    value /= 1024
+    unit++
+  }
+  return `${value.toFixed(1)} ${units[unit]}`
+}
