@@ -1,0 +1,442 @@
+import { availableParallelism } from 'node:os'
+import { basename } from 'node:path'
+import { type ResolveOptions, resolveCheckpoint } from './checkpoint/hub.ts'
+import { type Checkpoint, openCheckpoint, readMgmConfig } from './checkpoint/weights.ts'
+import { Device } from './device.ts'
+import type { Answer } from './engine/answer.ts'
+import { Engine, type EngineMetrics, type EngineRequest } from './engine/engine.ts'
+import { availableMemory, planPages, weightBytes } from './engine/memory.ts'
+import { PictureReader } from './engine/pictures.ts'
+import { randomSeed } from './engine/sampler.ts'
+import { expected, MgmError, throwIfAborted } from './errors.ts'
+import { KvCache } from './models/decoder.ts'
+import { MgmModel } from './models/mgm.ts'
+import { type ConversationName, conversationFor } from './processing/conversation.ts'
+import { type ImageInput, ImageProcessor } from './processing/image.ts'
+import { buildPrompt, type Message, tokenizePrompt } from './processing/prompt.ts'
+import { loadTokenizer, type Tokenizer, type TokenizerFamily } from './processing/tokenizer.ts'
+import { type ChatRequest, type LoadOptions, parseChatRequest, parseLoadOptions } from './request.ts'
+
+/** What `stream` yields: text as it becomes certain, at last the whole answer. */
+export type StreamEvent = { type: 'text'; delta: string } | { type: 'done'; answer: Answer }
+
+/** One request's outcome in a batch. */
+export type BatchResult = { ok: true; answer: Answer } | { ok: false; error: MgmError }
+
+export interface BatchOptions {
+  /** Called after each request. */
+  onProgress?: ((progress: { done: number; failed: number; total: number }) => void) | undefined
+  /** Aborts what has not been answered yet. */
+  signal?: AbortSignal | undefined
+}
+
+/** The model as it was loaded. */
+export interface ModelInfo {
+  /** Folder of the checkpoint. */
+  readonly checkpoint: string
+  readonly family: string
+  /** Template used where a request names none. */
+  readonly conversation: ConversationName
+  /** Longest sequence, prompt, pictures and answer together. */
+  readonly maxContext: number
+  readonly tokensPerImage: number
+  /** Bytes of the weights on the device. */
+  readonly weightBytes: number
+  readonly threads: number
+  /** Instruction set of the CPU kernels. */
+  readonly isa: string
+}
+
+const PAGE_SIZE = 16
+const DEFAULT_MAX_TOKENS = 512
+const DEFAULT_TOKEN_BUDGET = 512
+const MIB = 2 ** 20
+
+const TOKENIZER_OF: Record<Checkpoint['config']['family'], TokenizerFamily> = {
+  llama: 'llama',
+  gemma: 'gemma',
+  mixtral: 'mixtral',
+  mistral: 'mixtral',
+}
+
+/** Where the releases' towers live on the hub, by the folder names that their configs use. */
+const TOWERS_ON_HUB: Record<string, string> = {
+  'clip-vit-large-patch14-336': 'openai/clip-vit-large-patch14-336',
+  'openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup':
+    'laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup',
+}
+
+/** A Mini-Gemini model, loaded. All requests share it; every method may be called at any time, also concurrently. */
+export class MiniGemini {
+  /** The device it runs on: `'cpu'`. */
+  readonly device: string
+  /** What the library decided where options left it a choice. */
+  readonly notes: readonly string[]
+  readonly info: ModelInfo
+  readonly #device: Device
+  readonly #model: MgmModel
+  readonly #tokenizer: Tokenizer
+  readonly #engine: Engine
+  readonly #pictures: PictureReader
+  #closing: Promise<void> | undefined
+
+  private constructor(parts: {
+    device: Device
+    notes: readonly string[]
+    info: ModelInfo
+    model: MgmModel
+    tokenizer: Tokenizer
+    engine: Engine
+    pictures: PictureReader
+  }) {
+    this.device = parts.device.name
+    this.notes = parts.notes
+    this.info = parts.info
+    this.#device = parts.device
+    this.#model = parts.model
+    this.#tokenizer = parts.tokenizer
+    this.#engine = parts.engine
+    this.#pictures = parts.pictures
+  }
+
+  /**
+   * Loads a checkpoint in its released form.
+   *
+   * @param checkpoint a folder, or a hub repository `owner/name`, which is downloaded once
+   * @throws MgmError INVALID_ARGUMENT, CHECKPOINT_INVALID, CHECKPOINT_UNSUPPORTED, TOKENIZER_INVALID, DOWNLOAD_FAILED,
+   *   OUT_OF_MEMORY (checked before anything is loaded), DEVICE_UNAVAILABLE, NATIVE_UNAVAILABLE, UNSUPPORTED, ABORTED.
+   *   A load that fails leaves nothing behind.
+   */
+  static async load(checkpoint: string, options: LoadOptions = {}): Promise<MiniGemini> {
+    const checked = parseLoadOptions(options)
+    if (typeof checkpoint !== 'string' || checkpoint === '')
+      throw expected('a folder or a hub repository owner/name', 'checkpoint', checkpoint)
+    const { signal } = checked
+    throwIfAborted(signal)
+
+    const opened = await openFiles(checkpoint, checked)
+    const { config, preprocessor } = opened
+    const tokenizer = await loadTokenizer(opened.folder, {
+      family: TOKENIZER_OF[config.family],
+      extraTokens: [
+        ...(config.mm_use_im_patch_token ? ['<im_patch>'] : []),
+        ...(config.mm_use_im_start_end ? ['<im_start>', '<im_end>'] : []),
+      ],
+      signal,
+    })
+    throwIfAborted(signal)
+
+    const maxSequences = checked.maxSequences ?? 8
+    const tokenBudget = Math.max(checked.tokenBudget ?? DEFAULT_TOKEN_BUDGET, maxSequences + 1)
+    const visionBatch = visionBatchFor(config.image_size_aux)
+    const kvDtype = checked.kvDtype ?? 'f32'
+    const maxContext = Math.min(
+      config.tokenizer_model_max_length,
+      config.max_position_embeddings,
+      config.sliding_window ?? Number.POSITIVE_INFINITY,
+    )
+    const pages = planPages({
+      weights: weightBytes(opened, checked),
+      work: workBytes(config, { tokenBudget, maxSequences, visionBatch, vocabSize: tokenizer.size }),
+      bytesPerPage: KvCache.bytesPerPage(config, PAGE_SIZE, kvDtype),
+      pageSize: PAGE_SIZE,
+      pagesPerSequence: Math.ceil(maxContext / PAGE_SIZE),
+      maxSequences,
+      kvMemory: checked.kvMemory,
+      available: Math.min(availableMemory(), checked.memoryLimit ?? Number.POSITIVE_INFINITY),
+    })
+
+    const notes: string[] = []
+    const device = openDevice(checked, notes)
+    let model: MgmModel | undefined
+    try {
+      model = await MgmModel.load(device, opened, {
+        dtype: checked.dtype,
+        quantize: checked.quantize,
+        kvDtype,
+        vocabSize: tokenizer.size,
+        onProgress: checked.onProgress,
+        signal,
+      })
+      throwIfAborted(signal)
+      const engine = new Engine(device, model, tokenizer, {
+        pages,
+        pageSize: PAGE_SIZE,
+        tokenBudget,
+        maxSequences,
+        maxQueue: checked.maxQueue ?? 256,
+        visionBatch,
+        visionCacheBytes: checked.visionCacheBytes ?? 256 * MIB,
+      })
+      const processor = new ImageProcessor({
+        size: config.image_size_aux,
+        mean: preprocessor.image_mean,
+        std: preprocessor.image_std,
+        pad: config.image_aspect_ratio === 'pad',
+      })
+      return new MiniGemini({
+        device,
+        notes,
+        info: {
+          checkpoint: opened.folder,
+          family: config.family,
+          conversation: conversationFor(config),
+          maxContext: model.maxContext,
+          tokensPerImage: model.tokensPerImage,
+          weightBytes: model.byteLength,
+          threads: device.threads,
+          isa: device.isa,
+        },
+        model,
+        tokenizer,
+        engine,
+        pictures: new PictureReader(processor, Math.min(4, availableParallelism())),
+      })
+    } catch (error) {
+      model?.dispose()
+      await device.close()
+      throw error
+    }
+  }
+
+  /**
+   * Answers a conversation.
+   *
+   * @throws MgmError INVALID_ARGUMENT, IMAGE_INVALID, DOWNLOAD_FAILED, CONTEXT_OVERFLOW, QUEUE_FULL, NUMERIC, ABORTED, CLOSED;
+   *   other requests go on as if nothing had been
+   */
+  async chat(request: ChatRequest): Promise<Answer> {
+    return this.#engine.generate(this.#prepare(request))
+  }
+
+  /** `chat`, with the text as it comes; the deltas joined are `answer.text`. Leaving the loop aborts the request. */
+  async *stream(request: ChatRequest): AsyncGenerator<StreamEvent, void, undefined> {
+    const controller = new AbortController()
+    let text = ''
+    let wake: () => void = () => {}
+    const prepared = this.#prepare(request)
+    const forward = () => controller.abort(prepared.signal?.reason)
+    if (prepared.signal?.aborted) forward()
+    prepared.signal?.addEventListener('abort', forward, { once: true })
+    const onText = (delta: string) => {
+      text += delta
+      wake()
+    }
+    let outcome: { answer?: Answer; error?: unknown } | undefined
+    const running = this.#engine
+      .generate({ ...prepared, signal: controller.signal, onText })
+      .then(
+        answer => {
+          outcome = { answer }
+        },
+        (error: unknown) => {
+          outcome = { error }
+        },
+      )
+      .then(() => wake())
+    try {
+      while (true) {
+        if (text !== '') {
+          // A slow reader gets what has come meanwhile in one piece.
+          const delta = text
+          text = ''
+          yield { type: 'text', delta }
+        } else if (outcome) {
+          if (!outcome.answer) throw outcome.error
+          yield { type: 'done', answer: outcome.answer }
+          return
+        } else {
+          await new Promise<void>(resolve => {
+            wake = resolve
+          })
+        }
+      }
+    } finally {
+      prepared.signal?.removeEventListener('abort', forward)
+      controller.abort()
+      await running
+    }
+  }
+
+  /** Answers many requests; results in the order of the requests, each an answer or an error. */
+  async batch(requests: readonly ChatRequest[], options: BatchOptions = {}): Promise<BatchResult[]> {
+    if (!Array.isArray(requests)) throw expected('an array of requests', 'requests', requests)
+    const { onProgress, signal } = options
+    const total = requests.length
+    const results: BatchResult[] = new Array(total)
+    let next = 0
+    let done = 0
+    let failed = 0
+    const worker = async () => {
+      while (next < total) {
+        const at = next++
+        results[at] = await this.#settle(requests[at]!, signal)
+        done++
+        if (!results[at].ok) failed++
+        onProgress?.({ done, failed, total })
+      }
+    }
+    // Twice what can run: while some generate, the next ones' pictures are prepared.
+    const workers = Math.min(total, 2 * this.#engine.options.maxSequences)
+    await Promise.all(Array.from({ length: workers }, worker))
+    return results
+  }
+
+  /** Requests, caches and counts as they are now. */
+  get metrics(): EngineMetrics & { readonly memory: { readonly used: number; readonly peak: number } } {
+    const { used, peak } = this.#device.memory()
+    return { ...this.#engine.metrics, memory: { used, peak } }
+  }
+
+  /** Rejects what runs with CLOSED, waits until the device is idle and frees everything. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close()
+    return this.#closing
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close()
+  }
+
+  async #close(): Promise<void> {
+    await this.#engine.close()
+    this.#model.dispose()
+    await this.#device.close()
+  }
+
+  async #settle(request: ChatRequest, signal: AbortSignal | undefined): Promise<BatchResult> {
+    const controller = new AbortController()
+    const abort = (event: Event) => controller.abort((event.target as AbortSignal).reason)
+    try {
+      const prepared = this.#prepare(request)
+      const signals = [signal, prepared.signal].filter(one => one !== undefined)
+      for (const one of signals) {
+        throwIfAborted(one)
+        one.addEventListener('abort', abort, { once: true })
+      }
+      try {
+        return {
+          ok: true,
+          answer: await this.#engine.generate({ ...prepared, signal: controller.signal }),
+        }
+      } finally {
+        for (const one of signals) one.removeEventListener('abort', abort)
+      }
+    } catch (error) {
+      if (error instanceof MgmError) return { ok: false, error }
+      throw error
+    }
+  }
+
+  /** Checks a request and turns it into ids and settings. */
+  #prepare(value: ChatRequest): EngineRequest {
+    if (this.#closing) throw new MgmError('CLOSED', 'the model is closed')
+    const request = parseChatRequest(value)
+    const prompt = buildPrompt<ImageInput>(
+      request.messages.map(
+        ({ role, content, ocrHint, gen }): Message<ImageInput> => ({
+          role,
+          content,
+          ocrHint,
+          generateImage: gen,
+        }),
+      ),
+      {
+        conversation: request.conversation ?? this.info.conversation,
+        ocrHint: request.ocrHint,
+        generateImage: request.gen,
+        forbidden: request.allowSpecialTokens === false ? this.#tokenizer.specialTokens : [],
+      },
+    )
+    const wrong = request.stopTokenIds?.findIndex(id => id >= this.#model.vocabSize) ?? -1
+    if (wrong >= 0)
+      throw expected(
+        `an id from 0 to ${this.#model.vocabSize - 1}`,
+        `stopTokenIds[${wrong}]`,
+        request.stopTokenIds![wrong],
+      )
+    return {
+      ids: Int32Array.from(tokenizePrompt(this.#tokenizer, prompt)),
+      pictures: prompt.images.map(image => signal => this.#pictures.read(image, signal)),
+      sampling: {
+        temperature: request.temperature ?? 0,
+        topK: request.topK ?? 0,
+        topP: request.topP ?? 1,
+        minP: request.minP ?? 0,
+        repetitionPenalty: request.repetitionPenalty ?? 1,
+        presencePenalty: request.presencePenalty ?? 0,
+        frequencyPenalty: request.frequencyPenalty ?? 0,
+        seed: request.seed === undefined ? randomSeed() : BigInt(request.seed),
+        logprobs: request.logprobs,
+      },
+      maxTokens: request.maxTokens ?? DEFAULT_MAX_TOKENS,
+      stopStrings: typeof request.stop === 'string' ? [request.stop] : (request.stop ?? []),
+      stopIds: new Set([this.#tokenizer.eosId, ...(request.stopTokenIds ?? [])]),
+      signal: request.signal,
+    }
+  }
+}
+
+/** Finds the checkpoint and its towers, downloading what was named by hub id, and reads all headers. */
+async function openFiles(checkpoint: string, options: LoadOptions): Promise<Checkpoint> {
+  const { signal } = options
+  const shared: ResolveOptions = {
+    cacheDir: options.cacheDir,
+    token: options.token,
+    endpoint: options.endpoint,
+    offline: options.offline,
+    onProgress: options.onProgress,
+    signal,
+  }
+  const folder = await resolveCheckpoint(checkpoint, { ...shared, revision: options.revision })
+  const config = readMgmConfig(folder)
+  const tower = async (given: string | undefined, configured: string | null) => {
+    // A local checkpoint has its towers beside it; one from the hub comes alone.
+    const onHub = folder !== checkpoint && configured ? TOWERS_ON_HUB[basename(configured)] : undefined
+    const source = given ?? onHub
+    return source === undefined ? undefined : resolveCheckpoint(source, shared)
+  }
+  const visionTower = await tower(options.visionTower, config.mm_vision_tower)
+  const visionTowerAux = await tower(options.visionTowerAux, config.mm_vision_tower_aux)
+  throwIfAborted(signal)
+  return openCheckpoint(folder, {
+    ...(visionTower !== undefined && { visionTower }),
+    ...(visionTowerAux !== undefined && { visionTowerAux }),
+  })
+}
+
+/** Opens the asked device; with 'auto' the CPU stands in for a GPU that cannot be used, and a note says why. */
+function openDevice(options: LoadOptions, notes: string[]): Device {
+  const { device = 'auto', threads, memoryLimit } = options
+  const settings = {
+    ...(threads !== undefined && { threads }),
+    ...(memoryLimit !== undefined && { memoryLimit }),
+  }
+  if (device !== 'auto') return Device.open(device, settings)
+  try {
+    return Device.open('cuda', settings)
+  } catch (error) {
+    if (!(error instanceof MgmError) || error.code !== 'DEVICE_UNAVAILABLE') throw error
+    notes.push(`running on the CPU: ${error.message}`)
+    return Device.open('cpu', settings)
+  }
+}
+
+/** Pictures encoded in one go: as many as make the pixels of two at the releases' size, at most eight. */
+function visionBatchFor(imageSize: number): number {
+  return Math.min(8, Math.max(1, Math.floor((2 * 768 ** 2) / imageSize ** 2)))
+}
+
+/** Bytes of the activations that live at once in the largest steps, from above. */
+function workBytes(
+  config: Checkpoint['config'],
+  sizes: { tokenBudget: number; maxSequences: number; visionBatch: number; vocabSize: number },
+): number {
+  // ConvNeXt's first stage: a quarter-size map with its input, norm and four-fold inner layer; and the pixels.
+  const map = (config.image_size_aux / 4) ** 2
+  const channels = Math.ceil(config.mm_hidden_size_aux / 15)
+  const vision = sizes.visionBatch * (map * channels * 7 + config.image_size_aux ** 2 * 3) * 4
+  const text = sizes.tokenBudget * (6 * config.hidden_size + 2 * config.intermediate_size) * 4
+  const logits = 2 * sizes.maxSequences * sizes.vocabSize * 4
+  return vision + text + logits
+}
