@@ -40,6 +40,7 @@ export class Loader {
   readonly #options: LoaderOptions
   readonly #files = new Map<string, MappedFile>()
   readonly #owned: Tensor[] = []
+  readonly #seen = new WeakSet<WeightEntry>()
   #loaded = 0
   #sinceLastPause = 0
 
@@ -63,8 +64,11 @@ export class Loader {
       file = new MappedFile(entry.file)
       this.#files.set(entry.file, file)
     }
-    this.#loaded += entry.byteLength
-    this.#sinceLastPause += entry.byteLength
+    if (!this.#seen.has(entry)) {
+      this.#seen.add(entry)
+      this.#loaded += entry.byteLength
+      this.#sinceLastPause += entry.byteLength
+    }
     if (!strides) return this.device.fromFile(file, entry.offset, shape, dtype)
 
     const stored = permutation(entry)

@@ -23,7 +23,7 @@ import { DualVisionEncoder } from './vision.ts'
 export interface LoadModelOptions {
   /** Storage of weight matrices. Default: each as its file stores it. */
   dtype?: WeightDType | undefined
-  /** Quantizes the decoder's matrices, lm_head included, on loading. */
+  /** Quantizes the decoder's matrices on loading: all but routers and an embedding table that is not lm_head too. */
   quantize?: 'int8' | 'int4' | undefined
   /** Storage of the KV cache. Default 'f32'. */
   kvDtype?: KvDType | undefined
