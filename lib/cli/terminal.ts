@@ -1,0 +1,132 @@
+import cliProgress from 'cli-progress'
+import { MgmError } from '../errors.ts'
+
+/** Exit codes of `mgm`. 130 is what shells use for a program ended by Ctrl-C. */
+export const EXIT = { ok: 0, failed: 1, usage: 2, interrupted: 130 } as const
+
+export function exitCodeOf(error: unknown): number {
+  if (!(error instanceof MgmError)) return EXIT.failed
+  if (error.code === 'ABORTED') return EXIT.interrupted
+  return error.code === 'INVALID_ARGUMENT' ? EXIT.usage : EXIT.failed
+}
+
+/** One line for people: code and message; the stack and causes only where asked for. */
+export function errorText(error: unknown, verbose: boolean): string {
+  const known = error instanceof Error ? error : new Error(String(error))
+  const code = error instanceof MgmError ? error.code : 'INTERNAL'
+  const line = `mgm: ${code}: ${known.message.replace(/\s*\n\s*/g, ' ')}`
+  if (!verbose) return line
+  let text = `${line}\n${known.stack ?? ''}`
+  for (let cause = known.cause; cause !== undefined; cause = cause instanceof Error ? cause.cause : undefined)
+    text += `\ncaused by: ${cause instanceof Error ? (cause.stack ?? cause.message) : String(cause)}`
+  return text
+}
+
+const UNITS = ['B', 'KiB', 'MiB', 'GiB', 'TiB']
+
+export function formatBytes(bytes: number): string {
+  let value = bytes
+  let unit = 0
+  while (value >= 1024 && unit < UNITS.length - 1) {
+    value /= 1024
+    unit++
+  }
+  return `${unit === 0 ? value : value.toFixed(value < 10 ? 2 : 1)} ${UNITS[unit]}`
+}
+
+/** 1234567 as `1.23 M`. */
+export function formatCount(count: number): string {
+  for (const [scale, suffix] of [
+    [1e9, 'B'],
+    [1e6, 'M'],
+    [1e3, 'K'],
+  ] as const)
+    if (count >= scale) return `${(count / scale).toFixed(2)} ${suffix}`
+  return String(count)
+}
+
+/** Left column padded to one width. */
+export function table(rows: readonly (readonly [string, string])[], indent = ''): string {
+  const width = Math.max(...rows.map(([name]) => name.length))
+  return rows
+    .map(([name, value]) =>
+      `${indent}${name.padEnd(width)}  ${value.replaceAll('\n', `\n${indent}${' '.repeat(width + 2)}`)}`.trimEnd(),
+    )
+    .join('\n')
+}
+
+export interface ProgressEvent {
+  phase: string
+  loaded: number
+  total: number
+  file?: string
+}
+
+/** A progress bar on stderr for each phase (and file) of loading; silent where stderr is no terminal. */
+export class LoadProgress {
+  #bar: cliProgress.SingleBar | undefined
+  #title: string | undefined
+  readonly #enabled: boolean
+
+  constructor(enabled = process.stderr.isTTY === true) {
+    this.#enabled = enabled
+  }
+
+  readonly update = (event: ProgressEvent): void => {
+    if (!this.#enabled || event.total <= 0) return
+    const title = event.file === undefined ? event.phase : `${event.phase} ${event.file}`
+    if (title !== this.#title) {
+      this.stop()
+      this.#title = title
+      this.#bar = new cliProgress.SingleBar({
+        format: '{title} [{bar}] {percentage}% {size} {eta_formatted}',
+        barsize: 30,
+        barCompleteChar: '=',
+        barIncompleteChar: ' ',
+        hideCursor: false,
+        stream: process.stderr,
+        stopOnComplete: false,
+      })
+      this.#bar.start(event.total, event.loaded, { title, size: formatBytes(event.total) })
+    }
+    this.#bar?.setTotal(event.total)
+    this.#bar?.update(event.loaded)
+  }
+
+  stop(): void {
+    this.#bar?.stop()
+    this.#bar = undefined
+    this.#title = undefined
+  }
+}
+
+/**
+ * Ctrl-C, counted: the first aborts what runs (`abort` returns true if there was something), a second one without a
+ * new start in between calls `quit`.
+ */
+export class Interrupts {
+  #pressed = false
+  readonly #abort: () => boolean
+  readonly #quit: () => void
+  readonly press = (): void => {
+    if (this.#pressed) this.#quit()
+    const first = !this.#pressed
+    this.#pressed = true
+    if (first && !this.#abort()) process.stderr.write('\n(press Ctrl-C again to quit)\n')
+  }
+
+  constructor(abort: () => boolean, quit: () => void) {
+    this.#abort = abort
+    this.#quit = quit
+    process.on('SIGINT', this.press)
+  }
+
+  /** Something new was asked: the next Ctrl-C is a first one again. */
+  reset(): void {
+    this.#pressed = false
+  }
+
+  stop(): void {
+    process.off('SIGINT', this.press)
+  }
+}
