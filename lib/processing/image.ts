@@ -210,7 +210,9 @@ function readDataUrl(text: string, maxBytes: number): Uint8Array {
     : body
   if (!/^[A-Za-z0-9+/_\-\s]*={0,2}\s*$/.test(clean))
     throw invalid('expected base64 for the image in a data: URL')
-  return Buffer.from(clean, 'base64')
+  const bytes = Buffer.from(clean, 'base64')
+  checkBytes(bytes.length, 'the image in a data: URL', maxBytes)
+  return bytes
 }
 
 function filePath(text: string): string {
