@@ -259,16 +259,14 @@ static inline void transpose(vf (&x)[8]) {
 }
 #else
 static inline void transpose(vf (&x)[4]) {
-  const vi_raw even_low = {0, 4, 2, 6}, odd_low = {1, 5, 3, 7};
-  const vf_raw a = __builtin_shuffle(x[0].v, x[1].v, even_low),
-               b = __builtin_shuffle(x[0].v, x[1].v, odd_low);
-  const vf_raw c = __builtin_shuffle(x[2].v, x[3].v, even_low),
-               d = __builtin_shuffle(x[2].v, x[3].v, odd_low);
-  const vi_raw low = {0, 1, 4, 5}, high = {2, 3, 6, 7};
-  x[0].v = __builtin_shuffle(a, c, low);
-  x[1].v = __builtin_shuffle(b, d, low);
-  x[2].v = __builtin_shuffle(a, c, high);
-  x[3].v = __builtin_shuffle(b, d, high);
+  const vf_raw a = __builtin_shufflevector(x[0].v, x[1].v, 0, 4, 2, 6);
+  const vf_raw b = __builtin_shufflevector(x[0].v, x[1].v, 1, 5, 3, 7);
+  const vf_raw c = __builtin_shufflevector(x[2].v, x[3].v, 0, 4, 2, 6);
+  const vf_raw d = __builtin_shufflevector(x[2].v, x[3].v, 1, 5, 3, 7);
+  x[0].v = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  x[1].v = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  x[2].v = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  x[3].v = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 }
 #endif
 

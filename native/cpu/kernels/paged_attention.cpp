@@ -14,6 +14,7 @@ namespace mgm::cpu::MGM_ISA {
 namespace {
 
 constexpr int64_t kSegment = 256;
+static_assert(kSegment % kKeys == 0);
 constexpr int64_t kMaxSplitRows = 64;
 
 // total = total and part together. Not inlined: both paths must run the same instructions.
