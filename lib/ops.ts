@@ -235,7 +235,8 @@ export function ropeAndCache(
 /**
  * The fused middle of patch info mining (docs/architecture.md, section 4; MGM paper, section 3.2).
  * g [B·grid², C] are the queries carried through both projections and γ_k; stages are the four ConvNeXt maps
- * [B, H_s, W_s, c_s] with Σc_s = C. Result [B·grid², C]: Σ_p a(p) r(p) (x(p) − μ(p)) for each query's window.
+ * [B, H_s, W_s, c_s] with Σc_s = C. g may have one more column, a bias that is added to the scores of
+ * its row. Result [B·grid², C]: Σ_p a(p) r(p) (x(p) − μ(p)) for each query's window.
  * `downscale` > 1 mines the map bilinearly scaled by 1/downscale (the HD global view).
  */
 export function patchMining(

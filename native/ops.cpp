@@ -410,11 +410,12 @@ Tensor patch_mining(const Tensor& g, const TensorList& stages, int64_t grid, int
     channels += stages[i].dim(3);
     args.stages[i] = stages[i].view;
   }
-  check(g, "g", DType::f32, {stages[0].dim(0) * grid * grid, channels});
+  check(g, "g", DType::f32,
+        {stages[0].dim(0) * grid * grid, g.dim(1) == channels + 1 ? channels + 1 : channels});
   const int64_t side = std::min(stages[0].dim(1), stages[0].dim(2)) / downscale;
   if (side < grid)
     refuse(format("at least %lld positions a side", ll(grid)), "stages", shape_string(stages[0].view));
-  Tensor out = make(g.device(), g.shape());
+  Tensor out = make(g.device(), {g.dim(0), channels});
   args.g = g.view;
   args.grid = static_cast<int>(grid);
   args.downscale = static_cast<int>(downscale);

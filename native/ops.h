@@ -148,8 +148,10 @@ struct RopeAndCacheArgs {
 //   mu(p), r(p): mean and 1/sqrt(var + eps) of x(p) over all channels
 //   logit(i,p) = nan_to_num(scale * r(p) * (g_i . x(p) - mu(p) * sum(g_i)));  a = softmax over the window
 //   out_i = sum_p a(i,p) * r(p) * (x(p) - mu(p))
+// bias(i), the optional last column of g, is added inside the nan_to_num: scale * (r(p) * (...) + bias(i)).
+// Softmax ignores it, but it decides the sign of a score that overflows.
 struct PatchMiningArgs {
-  View g;          // [B*grid*grid, C_total]
+  View g;          // [B*grid*grid, C_total or C_total + 1]
   View stages[4];  // [B, H_s, W_s, c_s], NHWC, sum of c_s = C_total; all four given
   int grid, downscale;
   float eps, scale;

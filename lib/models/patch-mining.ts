@@ -5,6 +5,8 @@ import { type Loader, under, type Weights } from './loader.ts'
 
 /** torch's default, which the reference's LayerNorms keep. */
 const EPS = 1e-5
+/** Keys are stored this much smaller, and scores scaled back, so that g stays finite where the reference's scores overflow. */
+const KEY_SCALE = 2 ** -64
 
 /**
  * Patch info mining: each low-resolution token attends to the high-resolution positions of its own window (MGM paper,
@@ -15,7 +17,8 @@ const EPS = 1e-5
  *     Q = W_q LN(q) + b_q          g = Q (W_k diag γ_k)        z = Σ_p a(p) (x(p) − μ(p)) r(p),  a = softmax of g·x
  *     out = (W_v diag γ_v) z + (W_v β_v + b_v)
  *
- * What β_k and b_k add to a score is the same for all positions of a window, and softmax ignores it.
+ * What β_k and b_k add to a score is the same for all positions of a window. Softmax ignores it, but it decides the sign of a
+ * score that overflows, so it travels as one more column of g.
  */
 export class PatchMining {
   /** Channels of the query and of the result. */
@@ -58,8 +61,13 @@ export class PatchMining {
       const { w } = this
       const normed = layerNorm(query, w.query_norm.weight, w.query_norm.bias, { eps: EPS })
       const q = linear(normed, w.query, { bias: w.query_bias }) // [B·grid², C]
-      const g = linear(q, w.key) // [B·grid², ΣC_s]
-      const z = patchMining(g, stages, { grid, downscale, scale: 1 / Math.sqrt(this.channels), eps: EPS })
+      const g = linear(q, w.key) // [B·grid², ΣC_s + 1]
+      const z = patchMining(g, stages, {
+        grid,
+        downscale,
+        scale: 1 / Math.sqrt(this.channels) / KEY_SCALE,
+        eps: EPS,
+      })
       return linear(z, w.value, { bias: w.value_bias, residual }) // [B·grid², C]
     })
   }
@@ -84,10 +92,18 @@ function loadWeights(loader: Loader, weights: Weights, c: number, mapC: number) 
     query: loader.linear(query.weight),
     query_bias: loader.f32(query.bias),
     // Products with γ need more bits than the factors have, so these two stay f32 whatever the storage type is.
-    /** (W_k diag γ_k)ᵀ, packed [ΣC_s, C]. */
-    key: loader.build(() =>
-      packLinear(permute(scaleColumns(f32(aux.weight), f32(aux.gamma)), [1, 0]), { dtype: 'f32' }),
-    ),
+    /** [(W_k diag γ_k)ᵀ; (W_k β_k + b_k)ᵀ] · KEY_SCALE, packed [ΣC_s + 1, C]. */
+    key: loader.build(() => {
+      const small = (n: number) => loader.device.tensor(new Float32Array(n).fill(KEY_SCALE), [n])
+      const gamma = scaleColumns(f32(aux.gamma).reshape(1, mapC), small(mapC)).reshape(mapC)
+      const constant = linear(f32(aux.beta).reshape(1, mapC), packLinear(f32(aux.weight), { dtype: 'f32' }), {
+        bias: f32(aux.bias),
+      })
+      return packLinear(
+        [permute(scaleColumns(f32(aux.weight), gamma), [1, 0]), scaleColumns(constant, small(c))],
+        { dtype: 'f32' },
+      )
+    }),
     /** W_v diag γ_v, packed [C, ΣC_s]. */
     value: loader.build(() => packLinear(scaleColumns(f32(val.weight), f32(val.gamma)), { dtype: 'f32' })),
     /** W_v β_v + b_v. */
