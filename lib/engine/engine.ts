@@ -1,3 +1,4 @@
+import { setImmediate } from 'node:timers/promises'
 import type { Device } from '../device.ts'
 import { MgmError } from '../errors.ts'
 import type { KvCache } from '../models/decoder.ts'
@@ -311,6 +312,8 @@ export class Engine {
   }
 
   async #work(): Promise<void> {
+    // Requests that arrive in the same turn of the event loop share the first step.
+    await setImmediate()
     // In turns, so that neither pictures nor text wait for the other to run dry.
     while (this.#hasWork) {
       if (this.#vision.hasWork) await this.#vision.step()
