@@ -8,9 +8,9 @@
 //   one
 //             shift and one mask make both vectors
 //   int8      blocks of 32 along K: f16 scale[kPanel], int8 q[32][kPanel]; w = q * scale (exact in f32)
-//   int4      blocks of 32 along K: f16 scale[kPanel], f16 min[kPanel], byte q[16][kPanel] with k = 2i in the
-//   low
-//             and k = 2i + 1 in the high four bits; w = q * scale + min (one rounding with FMA)
+//   int4      blocks of 32 along K: f16 scale[kPanel], f16 min[kPanel], 32-bit words q[4][kPanel], the word
+//             of a column holding eight steps, the first in the lowest four bits; w = q * scale + min (one
+//             rounding with FMA)
 // K is padded to even (quantized: to 32) so that kernels may read pairs; the padding is never multiplied.
 #pragma once
 #include "../runtime/view.h"
@@ -47,20 +47,21 @@ static inline int64_t panel_count(Layout layout, int64_t n) {
   return (n + kPanel - 1) / kPanel;
 }
 
-// Low and high four bits of kWidth bytes.
-static inline void load_nibbles(const uint8_t* p, vf& low, vf& high) {
+// The four bits of each word that start at bit `shift`.
+static inline vf load_nibbles(const uint32_t* p, int shift) {
 #if defined(__AVX512F__)
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  low = {_mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15)))};
-  high = {_mm512_cvtepi32_ps(_mm512_srli_epi32(bytes, 4))};
+  // The permutation looks at four bits only: mask and conversion in one instruction.
+  const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i words = _mm512_loadu_si512(p);
+  return {_mm512_permutexvar_ps((__m512i)((__v16su)words >> static_cast<unsigned>(shift)), numbers)};
 #elif defined(__AVX2__)
-  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-  low = {_mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)))};
-  high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(bytes, 4))};
+  const __m256i words = _mm256_loadu_si256((const __m256i*)p);
+  const __m256i shifted = (__m256i)((__v8su)words >> static_cast<unsigned>(shift));
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)))};
 #else
-  const vi_raw bytes = {p[0], p[1], p[2], p[3]};
-  low = to_float({bytes & 15});
-  high = to_float({bytes >> 4});
+  vi_raw words;
+  std::memcpy(&words, p, sizeof words);
+  return to_float({(words >> shift) & 15});
 #endif
 }
 
@@ -83,7 +84,7 @@ static inline void load_bf16_words(const uint16_t* p, vf& low, vf& high) {
 }
 
 // Readers: constructed at a k that is a multiple of 32, they give the weights of steps i and i + 1 (i even,
-// i < 32) as w[0], w[1] and w[2], w[3]. kPairBytes: bytes from one pair to the next.
+// i < 32) as w[0], w[1] and w[2], w[3]. at(i) is where step i lies, kPairBytes how far apart pairs are.
 struct ReadF32 {
   static constexpr int kPairBytes = 8 * kPanel;
   const float* p;
@@ -138,7 +139,7 @@ struct ReadInt8 {
 struct ReadInt4 {
   static constexpr int kPairBytes = kPanel;
   vf scale[2], min[2];
-  const uint8_t* q;
+  const uint32_t* q;
   MGM_INLINE ReadInt4(const uint8_t* panel, int64_t k) {
     const uint8_t* block = panel + static_cast<size_t>(k / kQuantBlock) * quant_block_bytes(DType::int4);
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(block);
@@ -146,14 +147,13 @@ struct ReadInt4 {
       scale[j] = load_f16(scales + j * kWidth);
       min[j] = load_f16(scales + kPanel + j * kWidth);
     }
-    q = reinterpret_cast<const uint8_t*>(scales + 2 * kPanel);
+    q = reinterpret_cast<const uint32_t*>(scales + 2 * kPanel);
   }
-  MGM_INLINE const void* at(int i) const { return q + i / 2 * kPanel; }
+  MGM_INLINE const void* at(int i) const { return reinterpret_cast<const uint8_t*>(q) + i / 2 * kPanel; }
   MGM_INLINE void pair(int i, vf* w) const {
-    for (int j = 0; j < 2; ++j) {
-      load_nibbles(q + i / 2 * kPanel + j * kWidth, w[j], w[2 + j]);
-      w[j] = fma(w[j], scale[j], min[j]);
-      w[2 + j] = fma(w[2 + j], scale[j], min[j]);
+    for (int j = 0; j < 4; ++j) {
+      const int column = (j & 1) * kWidth, step = i + j / 2;
+      w[j] = fma(load_nibbles(q + step / 8 * kPanel + column, step % 8 * 4), scale[j & 1], min[j & 1]);
     }
   }
 };

@@ -104,7 +104,7 @@ void epilogue(const Gemm& g, const float* c, const float* up, int64_t row, int r
 // c[P][R][kPanel] = x[R] times P panels that lie `stride` bytes apart.
 template <class Read, int R, int P>
 void stream(const float* const* rows, int64_t k_total, const uint8_t* panel, size_t stride, float* c) {
-  constexpr int kAhead = 4096 / P;
+  constexpr int kAhead = 8192 / P;  // enough in flight for one core to reach the memory's bandwidth
   const float* x[R];
   for (int r = 0; r < R; ++r) x[r] = rows[r];
   const int64_t depth = depth_of(k_total);
@@ -131,24 +131,25 @@ void stream(const float* const* rows, int64_t k_total, const uint8_t* panel, siz
             acc[p][r][1] = fma(a, w[2 * s + 1], acc[p][r][1]);
           }
       };
-      if constexpr (P == 1) {
-        const Read read(panel, k);
+      const auto steps = [&](const auto&... read) __attribute__((always_inline)) {
+        const auto all = [&](int i, int count) __attribute__((always_inline)) {
+          int p = 0;
+          (step(read, p++, i, count), ...);
+        };
         int i = 0;
-        for (; i + 2 <= n; i += 2) step(read, 0, i, 2);
-        if (i < n) step(read, 0, i, 1);
-      } else if constexpr (P == 2) {
-        const Read read0(panel, k), read1(panel + stride, k);
-        int i = 0;
-        for (; i + 2 <= n; i += 2) step(read0, 0, i, 2), step(read1, 1, i, 2);
-        if (i < n) step(read0, 0, i, 1), step(read1, 1, i, 1);
-      } else {
-        const Read read0(panel, k), read1(panel + stride, k), read2(panel + 2 * stride, k),
-            read3(panel + 3 * stride, k);
-        int i = 0;
-        for (; i + 2 <= n; i += 2)
-          step(read0, 0, i, 2), step(read1, 1, i, 2), step(read2, 2, i, 2), step(read3, 3, i, 2);
-        if (i < n) step(read0, 0, i, 1), step(read1, 1, i, 1), step(read2, 2, i, 1), step(read3, 3, i, 1);
-      }
+        for (; i + 8 <= n; i += 8)  // by eights, so that the shifts of int4 are constants
+#pragma GCC unroll 4
+          for (int j = 0; j < 8; j += 2) all(i + j, 2);
+        for (; i + 2 <= n; i += 2) all(i, 2);
+        if (i < n) all(i, 1);
+      };
+      if constexpr (P == 1)
+        steps(Read(panel, k));
+      else if constexpr (P == 2)
+        steps(Read(panel, k), Read(panel + stride, k));
+      else
+        steps(Read(panel, k), Read(panel + stride, k), Read(panel + 2 * stride, k),
+              Read(panel + 3 * stride, k));
     }
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p)
@@ -229,15 +230,28 @@ void run_stream(const Gemm& g, int64_t task) {
 
 // Tiles.
 
+// Weights that the next panel needs, fetched into L2 a little in every step: they come from memory once a
+// task and would otherwise stall the first register tile.
+struct Ahead {
+  const char* at;
+  int64_t step;    // bytes per step of k
+  int64_t second;  // distance of a second line, or 0
+};
+
 // c[R][kPanel] (+)= a[R][kDepthStride] b[kc][kPanel]
 template <int R>
-void micro(const float* a, const float* b, int kc, float* c, bool first) {
+void micro(const float* a, const float* b, int kc, float* c, bool first, const Ahead& ahead) {
+  const char* next = ahead.at;
+  const int64_t next_step = ahead.step, second = ahead.second;
   vf acc[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = set1(0.0f);
   for (int k = 0; k < kc; ++k) {
     const vf w0 = load(b), w1 = load(b + kWidth);
     b += kPanel;
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + second, 0, 2);
+    next += next_step;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf x = set1(a[r * kDepthStride + k]);
@@ -253,7 +267,7 @@ void micro(const float* a, const float* b, int kc, float* c, bool first) {
     }
 }
 
-using Micro = void (*)(const float*, const float*, int, float*, bool);
+using Micro = void (*)(const float*, const float*, int, float*, bool, const Ahead&);
 
 template <int R = 1>
 Micro micro_kernel(int rows) {
@@ -267,11 +281,14 @@ void convert(const uint8_t* panel, int64_t k0, int kc, float* dst) {
   for (int k = 0; k < kc; k += kQuantBlock) {
     const Read read(panel, k0 + k);
     const int n = kc - k < kQuantBlock ? kc - k : kQuantBlock;
-    for (int i = 0; i < n; i += 2) {
-      vf w[4];
-      read.pair(i, w);
-      for (int j = 0; j < 4; ++j) store(dst + (k + i) * kPanel + j * kWidth, w[j]);
-    }
+    for (int i = 0; i < n; i += 8)
+#pragma GCC unroll 4
+      for (int s = 0; s < 8; s += 2) {
+        if (i + s >= n) break;
+        vf w[4];
+        read.pair(i + s, w);
+        for (int j = 0; j < 4; ++j) store(dst + (k + i + s) * kPanel + j * kWidth, w[j]);
+      }
   }
 }
 
@@ -293,6 +310,12 @@ const float* weights_of(const Gemm& g, const uint8_t* panel, int64_t k0, int kc,
       return reinterpret_cast<const float*>(panel) + k0 * kPanel;
   }
   return buffer;
+}
+
+// Where step k (a multiple of 32) starts in a panel.
+MGM_INLINE int64_t panel_offset(DType dtype, int64_t k) {
+  if (is_quantized(dtype)) return k / kQuantBlock * static_cast<int64_t>(quant_block_bytes(dtype));
+  return k * kPanel * (dtype == DType::f32 ? 4 : 2);
 }
 
 void run_tile(const Gemm& g, int64_t task, ThreadPool& pool) {
@@ -331,12 +354,23 @@ void run_tile(const Gemm& g, int64_t task, ThreadPool& pool) {
     }
     for (int64_t panel = panel0; panel < panel_end; ++panel) {
       const float* b = weights_of(g, g.w + static_cast<size_t>(panel) * stride, k0, kc, b_buffer);
+      // What comes next: the next panel's block, then the first panel's next one.
+      const bool wraps = panel + 1 == panel_end;
+      const uint8_t* next = g.w + static_cast<size_t>(wraps ? panel0 : panel + 1) * stride +
+                            panel_offset(g.dtype, wraps ? k0 + kc : k0);
+      const int64_t steps = kc * (last_tile - first_tile), bytes = panel_offset(g.dtype, depth);
+      Ahead ahead = {reinterpret_cast<const char*>(wraps && last ? g.w : next), 0, 0};
+      if (!(wraps && last))
+        for (ahead.step = 8; ahead.step < 128 && ahead.step * steps < bytes;) ahead.step *= 2;
+      if (ahead.step > 64) ahead.second = 64;
+
       float* c_panel = c + (one_block ? panel & 1 : panel - panel0) * rows * kPanel;
       for (int64_t tile = first_tile; tile < last_tile; ++tile) {
         const int64_t row = row_of(tile) - row0;
         const int height = static_cast<int>(row_of(tile + 1) - row0 - row);
         float* ct = c_panel + row * kPanel;
-        micro_kernel(height)(a + row * kDepthStride, b, kc, ct, k0 == 0);
+        micro_kernel(height)(a + row * kDepthStride, b, kc, ct, k0 == 0, ahead);
+        ahead.at += ahead.step * kc;
         if (!last) continue;
         if (!g.gated)
           epilogue(g, ct, nullptr, row0 + row, height, panel * kPanel);

@@ -96,7 +96,7 @@ void run_experts(const GroupedLinearArgs& args, int64_t begin, int64_t end, int6
     g.out_rows = out_rows + first;
     problems[used++] = g;
   }
-  gemm(problems, used, pool);
+  if (used > 0) gemm(problems, used, pool);
 }
 
 }  // namespace
@@ -114,7 +114,8 @@ void grouped_linear(const GroupedLinearArgs& args, ThreadPool& pool) {
   }
 
   const int64_t n = args.out.shape[1];
-  int64_t chunk = kProductBytes / (k * n * static_cast<int64_t>(sizeof(float)));
+  const int64_t token_bytes = k * n * static_cast<int64_t>(sizeof(float));
+  int64_t chunk = kProductBytes / (token_bytes > 0 ? token_bytes : 1);
   if (chunk < 64) chunk = 64;
   if (chunk > tokens) chunk = tokens;
   float* products = static_cast<float*>(pool.scratch(3, static_cast<size_t>(chunk * k * n) * sizeof(float)));

@@ -167,12 +167,12 @@ void encode_int4(const Tile& tile, int n, uint8_t* block) {
     const float scale = f16_to_f32(scales[c]);
     inverse[c] = scale > 0.0f ? 1.0f / scale : 0.0f;
   }
-  uint8_t* q = reinterpret_cast<uint8_t*>(mins + kPanel);
-  for (int i = 0; i < kQuantBlock; i += 2) {
-    int32_t even[kPanel] = {}, odd[kPanel] = {};
-    if (i < n) quantize(tile[i], low, inverse, 0.0f, 15.0f, even);
-    if (i + 1 < n) quantize(tile[i + 1], low, inverse, 0.0f, 15.0f, odd);
-    for (int c = 0; c < kPanel; ++c) q[i / 2 * kPanel + c] = static_cast<uint8_t>(even[c] | odd[c] << 4);
+  uint32_t* q = reinterpret_cast<uint32_t*>(mins + kPanel);
+  std::memset(q, 0, static_cast<size_t>(kQuantBlock / 2) * kPanel);
+  for (int i = 0; i < n; ++i) {
+    int32_t row[kPanel];
+    quantize(tile[i], low, inverse, 0.0f, 15.0f, row);
+    for (int c = 0; c < kPanel; ++c) q[i / 8 * kPanel + c] |= static_cast<uint32_t>(row[c]) << (i % 8 * 4);
   }
 }
 

@@ -291,13 +291,20 @@ static inline vf load_bf16(const uint16_t* p) {
   const vi_raw w = {p[0], p[1], p[2], p[3]};
   return {(vf_raw)(w << 16)};
 }
-static inline float f16_to_f32(uint16_t h);
 static inline uint16_t f32_to_f16(float x);
 static inline vf load_f16(const uint16_t* p) {
-  return {vf_raw{f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])}};
+  // Exponent and mantissa in place, then times 2^112: exact, subnormals too. 65536 and up was infinity or
+  // NaN.
+  const vi_raw h = {p[0], p[1], p[2], p[3]};
+  const vf_raw x = (vf_raw)((h & 0x7fff) << 13) * vf_raw{0x1p112f, 0x1p112f, 0x1p112f, 0x1p112f};
+  const vi_raw special = (x >= 65536.0f) & 0x7f800000;
+  return {(vf_raw)((vi_raw)x | special | (h & 0x8000) << 16)};
 }
 static inline vf load_i8(const int8_t* p) {
-  return {vf_raw{float(p[0]), float(p[1]), float(p[2]), float(p[3])}};
+  typedef int8_t bytes __attribute__((vector_size(4)));
+  bytes b;
+  std::memcpy(&b, p, 4);
+  return to_float({__builtin_convertvector(b, vi_raw)});
 }
 static inline void store_f16(uint16_t* p, vf a) {
   for (int i = 0; i < 4; ++i) p[i] = f32_to_f16(a.v[i]);
