@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <barrier>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -452,52 +451,52 @@ double fma_peak(int threads, double seconds) {
   return total;
 }
 
-// The best of short passes in which all threads read their shares at once. CPU time would not do here:
-// threads that run one after the other have the memory to themselves.
+// The best few milliseconds of all threads together, so that neighbours who take the cores away for a while
+// do not lower it. CPU time would not do here: threads that run one after the other have the memory to
+// themselves.
 double read_bandwidth(int threads, double seconds) {
   using Clock = std::chrono::steady_clock;
-  // Together far beyond any last-level cache; a pass reads one part.
-  constexpr size_t kParts = 4;
-  const size_t bytes = size_t{1} << 30, part = bytes / kParts,
-               share = part / static_cast<size_t>(threads) / 512 * 512;
+  constexpr double kWindow = 0.005;
+  // Each thread walks four streams, as a kernel with several panels does, a step of each at a time.
+  constexpr size_t kStreams = 4, kStep = size_t{256} << 10, kChunk = kStreams * kStep;
+  // Together far beyond any last-level cache.
+  const size_t bytes = size_t{1} << 30;
+  const size_t steps = std::max(bytes / kChunk / static_cast<size_t>(threads), size_t{1});  // of a stream
   auto* data = static_cast<std::byte*>(system_allocate(bytes));
   if (!data) throw Error("OUT_OF_MEMORY", "expected 1 GiB free for the bandwidth probe");
   std::memset(data, 1, bytes);
-  std::atomic<int64_t> sink = 0;
-  std::atomic<bool> stop = false;
-  Clock::time_point begin;
-  double best = 0;
-  size_t pass = 0;
-  const auto start = Clock::now();
-  const auto turn = [&]() noexcept {
-    const auto now = Clock::now();
-    if (pass > 0) {
-      const double elapsed = std::chrono::duration<double>(now - begin).count();
-      best = std::max(best, static_cast<double>(share) * threads / elapsed);
-    }
-    stop = pass > 1 && std::chrono::duration<double>(now - start).count() >= seconds;
-    ++pass;
-    begin = now;
-  };
-  std::barrier barrier(threads, turn);
+  std::atomic<float> sink = 0;
+  std::vector<std::vector<double>> ends(static_cast<size_t>(threads));  // when each chunk was through
   std::vector<std::thread> workers;
+  const auto start = Clock::now();
   for (int i = 0; i < threads; ++i)
     workers.emplace_back([&, i] {
-      int64_t sum[8] = {};
-      for (barrier.arrive_and_wait(); !stop; barrier.arrive_and_wait()) {
-        const std::byte* from = data + pass % kParts * part + share * static_cast<size_t>(i);
-        // Four streams, as a kernel that walks several panels has.
-        const auto* words = reinterpret_cast<const int64_t*>(from);
-        const size_t quarter = share / 4 / 8;
-        for (size_t w = 0; w + 8 <= quarter; w += 8)
-          for (size_t stream = 0; stream < 4; ++stream)
-            for (size_t lane = 0; lane < 8; ++lane) sum[lane] += words[stream * quarter + w + lane];
+      std::vector<double>& mine = ends[static_cast<size_t>(i)];
+      const size_t share = steps * kChunk;
+      const std::byte* from = data + share * static_cast<size_t>(i);
+      float sum = 0;
+      double now = 0;
+      for (size_t step = 0; now < seconds; step = (step + 1) % steps) {
+        kernels().read_probe(from + step * kStep, kStep, kStreams, steps * kStep, &sum);
+        now = std::chrono::duration<double>(Clock::now() - start).count();
+        mine.push_back(now);
       }
-      for (const int64_t s : sum) sink += s;
+      sink = sum;
     });
   for (auto& worker : workers) worker.join();
   system_free(data, bytes);
-  return best;
+
+  std::vector<double> all;
+  for (const auto& mine : ends) all.insert(all.end(), mine.begin(), mine.end());
+  std::sort(all.begin(), all.end());
+  const double window = std::min(kWindow, all.back());
+  size_t best = 0;
+  for (size_t from = 0, to = 0; to < all.size(); ++to) {
+    while (all[to] - all[from] > window) ++from;
+    // The chunk that ended as the window opened was read before it.
+    best = std::max(best, to - from);
+  }
+  return static_cast<double>(best * kChunk) / window;
 }
 
 }  // namespace mgm::cpu

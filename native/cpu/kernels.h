@@ -20,6 +20,8 @@ struct Kernels {
   size_t (*packed_bytes)(DType dtype, Layout layout, int64_t n, int64_t k);
   // Throughput probes for benches: best case of this instruction set. Returns FLOP done (keeps `sink` alive).
   double (*fma_probe)(int64_t iterations, float* sink);
+  // Reads `streams` runs of `bytes` (a multiple of 64) that lie `stride` bytes apart, line by line in turn.
+  void (*read_probe)(const std::byte* data, size_t bytes, int streams, size_t stride, float* sink);
 };
 
 const Kernels& portable_kernels();
@@ -43,5 +45,6 @@ MGM_OPS(MGM_DECLARE)
 #undef MGM_DECLARE
 size_t packed_bytes(DType dtype, Layout layout, int64_t n, int64_t k);
 double fma_probe(int64_t iterations, float* sink);
+void read_probe(const std::byte* data, size_t bytes, int streams, size_t stride, float* sink);
 }  // namespace mgm::cpu::MGM_ISA
 #endif

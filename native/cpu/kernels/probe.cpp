@@ -1,5 +1,6 @@
-// The most multiply-adds this instruction set can do: 24 independent chains in registers (portable: as many
-// as fit), nothing from memory. One thread's worth; benches run it on as many threads as they compare with.
+// What this instruction set can do at most, one thread's worth each; benches run them on as many threads as
+// they compare with. fma_probe: 24 independent chains of multiply-adds in registers (portable: as many as
+// fit), nothing from memory. read_probe: nothing but loads.
 #include "../kernels.h"
 #include "../simd/simd.h"
 
@@ -20,6 +21,16 @@ double fma_probe(int64_t iterations, float* sink) {
   for (int i = 1; i < kChains; ++i) total = total + acc[i];
   *sink = sum(total);
   return 2.0 * kWidth * kChains * static_cast<double>(iterations);
+}
+
+void read_probe(const std::byte* data, size_t bytes, int streams, size_t stride, float* sink) {
+  vf acc[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+  for (size_t offset = 0; offset < bytes; offset += 64)
+    for (int stream = 0; stream < streams; ++stream) {
+      const auto* line = reinterpret_cast<const float*>(data + offset + static_cast<size_t>(stream) * stride);
+      for (int i = 0; i < 16; i += kWidth) acc[i / kWidth] = max(acc[i / kWidth], load(line + i));
+    }
+  *sink += sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
 }  // namespace mgm::cpu::MGM_ISA

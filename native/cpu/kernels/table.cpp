@@ -15,6 +15,7 @@ const Kernels& MGM_CONCAT(MGM_ISA, _kernels)() {
 #undef MGM_ENTRY
           & MGM_ISA::packed_bytes,
       &MGM_ISA::fma_probe,
+      &MGM_ISA::read_probe,
   };
   return table;
 }
