@@ -41,11 +41,9 @@ void moe_route(const MoeRouteArgs& args, ThreadPool& pool) {
         const int n = k - i < kWidth ? static_cast<int>(k - i) : kWidth;
         float lanes[kWidth];
         store(lanes, exp((n == kWidth ? load(weights + i) : load_n(weights + i, n)) - set1(largest)));
-        for (int j = 0; j < n; ++j) {
-          weights[i + j] = lanes[j];
-          total += lanes[j];
-        }
+        for (int j = 0; j < n; ++j) weights[i + j] = lanes[j];
       }
+      for (int64_t i = k; i-- > 0;) total += weights[i];  // the smallest first loses least
       for (int64_t i = 0; i < k; ++i) weights[i] /= total;
     }
   });
