@@ -395,7 +395,8 @@ export class Peer implements Subject {
   async #answer(): Promise<unknown> {
     for (;;) {
       const { value, done } = await this.#lines.next()
-      if (done) throw new Error(this.#errors.at(-1) ?? 'ended without a word')
+      if (done)
+        throw new Error(`${this.name} ended: ${this.#errors.slice(-12).join(' | ') || 'without a word'}`)
       if (value.startsWith('{')) return JSON.parse(value)
     }
   }

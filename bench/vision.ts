@@ -129,7 +129,11 @@ async function compare(settings: Settings, tower: Tower): Promise<Row[]> {
     if (peer) peers.push(peer)
   }
   const limit = fmaLimit(device)
-  const { timings, limits } = await race([ours, ...peers], { rounds: quick ? 2 : 5, limits: [limit] })
+  const { timings, limits } = await race([ours, ...peers], {
+    rounds: quick ? 2 : 5,
+    limits: [limit],
+    budget: 60,
+  })
   for (const peer of peers) peer.stop()
   pixels.dispose()
   const timing = timings.get('mgm')!

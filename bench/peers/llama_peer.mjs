@@ -14,7 +14,7 @@ const model = await llama.loadModel({ modelPath: file })
 const context = await model.createContext({
   contextSize: 2048,
   batchSize: 512,
-  threads: Number(threads),
+  threads: { ideal: Number(threads), min: Number(threads) },
   flashAttention: true,
 })
 const sequence = context.getSequence()
@@ -26,11 +26,11 @@ const work = {
     return async () => void (await sequence.evaluateWithoutGeneratingNewTokens(ids))
   },
   async decode(count) {
-    const begin = performance.now()
-    let left = count
-    for await (const _ of sequence.evaluate([42], { temperature: 0, yieldEogToken: true }))
-      if (--left === 0) break
-    return performance.now() - begin
+    return async () => {
+      let left = count
+      for await (const _ of sequence.evaluate([42], { temperature: 0, yieldEogToken: true }))
+        if (--left === 0) break
+    }
   },
 }
 
