@@ -17,6 +17,14 @@ path = os.path.join(folder, f"{work}-{size}.onnx")
 def export():
     import torch
 
+    # A torchvision built for another torch: declare the ops that its import looks for (none is used).
+    library = torch.library.Library("torchvision", "DEF")
+    for op in ("nms", "qnms"):
+        try:
+            library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:
+            pass
+
     if work == "clip":
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -32,12 +40,6 @@ def export():
             def forward(self, x):
                 return self.model(x).last_hidden_state
     else:
-        library = torch.library.Library("torchvision", "DEF")
-        for op in ("nms", "qnms"):
-            try:
-                library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            except RuntimeError:
-                pass
         import timm
 
         class Model(torch.nn.Module):
@@ -73,7 +75,6 @@ if not os.path.exists(path):  # in a process of its own, so that PyTorch's memor
         sys.exit("export failed: " + (done.stderr.strip().splitlines() or ["?"])[-1])
 options = ort.SessionOptions()
 options.intra_op_num_threads = threads
-options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it would slow whoever runs next
 session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 feed = {session.get_inputs()[0].name: np.random.default_rng(0).standard_normal(shape, dtype=np.float32)}
 print(json.dumps({"name": f"ONNX Runtime {ort.__version__}"}), flush=True)

@@ -18,6 +18,15 @@ torch.set_num_threads(threads)
 torch.manual_seed(0)
 
 
+# A torchvision built for another torch: declare the ops that its import looks for (none is used).
+library = torch.library.Library("torchvision", "DEF")
+for op in ("nms", "qnms"):
+    try:
+        library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except RuntimeError:
+        pass
+
+
 def gemm(n):
     x, w = torch.randn(n, n), torch.randn(n, n)
     return lambda: x @ w.T
@@ -37,13 +46,6 @@ def clip(batch):
 
 
 def timm_model():
-    # A torchvision built for another torch: declare the ops it looks for (none is used).
-    library = torch.library.Library("torchvision", "DEF")
-    for op in ("nms", "qnms"):
-        try:
-            library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:
-            pass
     import timm
 
     return timm.create_model("convnext_large", pretrained=False).eval()
