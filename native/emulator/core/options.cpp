@@ -1,0 +1,34 @@
+#include <cerrno>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "../emulator.h"
+
+namespace mgm::emulator {
+namespace {
+
+bool number(const char* name, double* value) {
+  const char* text = std::getenv(name);
+  if (!text || !*text) return false;
+  char* end = nullptr;
+  errno = 0;
+  *value = std::strtod(text, &end);
+  if (errno || *end || *value < 0)
+    throw std::runtime_error(std::string("expected a number >= 0 for ") + name + " but received '" + text + "'");
+  return true;
+}
+
+}  // namespace
+
+Options options_from_environment() {
+  Options options;
+  double v;
+  if (number("MGM_EMULATOR_SEED", &v)) options.seed = static_cast<uint64_t>(v);
+  if (number("MGM_EMULATOR_CHECKS", &v)) options.checks = v != 0;
+  if (number("MGM_EMULATOR_COUNTERS", &v)) options.counters = v != 0;
+  if (number("MGM_EMULATOR_THREADS", &v)) options.threads = static_cast<int>(v);
+  if (number("MGM_EMULATOR_WATCHDOG", &v)) options.watchdog_seconds = v;
+  return options;
+}
+
+}  // namespace mgm::emulator
