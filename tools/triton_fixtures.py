@@ -23,6 +23,7 @@ import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language.extra import libdevice
 
 ROOT = Path(__file__).resolve().parent.parent / "test" / "fixtures" / "triton"
 PTX_VERSION = 84  # a CUDA 12.4 driver loads it
@@ -224,6 +225,57 @@ def column_sum_lock(x, out, lock, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.c
     tl.atomic_xchg(lock, 0)
 
 
+@triton.jit
+def elementary(x, y, out, n, BLOCK: tl.constexpr):
+    """out (6, n): of libdevice, then correctly rounded; sin and cos of large x reduce in local memory."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    a = tl.load(x + i, mask=mask, other=1.0)
+    b = tl.load(y + i, mask=mask, other=1.0)
+    tl.store(out + i, libdevice.sin(a), mask=mask)
+    tl.store(out + n + i, libdevice.cos(a), mask=mask)
+    tl.store(out + 2 * n + i, libdevice.log(b), mask=mask)
+    tl.store(out + 3 * n + i, libdevice.tanh(b - 1), mask=mask)
+    tl.store(out + 4 * n + i, tl.sqrt_rn(b), mask=mask)
+    tl.store(out + 5 * n + i, tl.div_rn(a, b), mask=mask)
+
+
+@triton.jit
+def divide_i64(x, y, quotient, rest, n, BLOCK: tl.constexpr):
+    """C's division of 64-bit integers: long inline code, 32-bit where both fit."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    a = tl.load(x + i, mask=mask, other=1)
+    b = tl.load(y + i, mask=mask, other=1)
+    tl.store(quotient + i, a // b, mask=mask)
+    tl.store(rest + i, a % b, mask=mask)
+
+
+@triton.jit
+def philox(out, seed, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.randint(seed, i).to(tl.int32, bitcast=True), mask=i < n)
+
+
+@triton.jit
+def split_k(a, b, c, M, N, K, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """f16 atomics gather the parts of one product."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(tl.program_id(1) * BK, K, PARTS * BK):
+        ks = k + tl.arange(0, BK)
+        x = tl.load(
+            a + rows[:, None] * K + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0
+        )
+        y = tl.load(
+            b + ks[:, None] * N + cols[None, :], mask=(ks[:, None] < K) & (cols[None, :] < N), other=0
+        )
+        acc = tl.dot(x, y, acc)
+    mask = (rows[:, None] < M) & (cols[None, :] < N)
+    tl.atomic_add(c + rows[:, None] * N + cols[None, :], acc.to(tl.float16), mask=mask, sem="relaxed")
+
+
 # Cases
 
 TRITON_TYPES = {
@@ -231,6 +283,7 @@ TRITON_TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.int8: "i8",
 }
 TYPE_NAMES = {t: str(t).removeprefix("torch.") for t in TRITON_TYPES}
@@ -536,6 +589,63 @@ def cases():
         },
         {"ROWS": 16, "COLS": 128},
     )
+
+    x = normal(rng, 150, scale=10)
+    x[::3] *= 1e7
+    y = normal(rng, 150).abs() + 0.01
+    # 5e-7: four units in the last place of 1, more than CUDA documents for any of them.
+    functions = [x.double().sin(), x.double().cos(), y.double().log(), (y - 1).double().tanh()]
+    exact = [y.sqrt(), x / y]
+    expected = torch.stack([f.float() for f in functions] + exact)
+    args = {"x": ("in", x), "y": ("in", y), "out": ("out", expected, 5e-7, 2e-7), "n": ("i32", 150)}
+    yield Case("elementary", elementary, (2, 1, 1), args, {"BLOCK": 128})
+
+    x = torch.from_numpy(rng.integers(-(2**62), 2**62, 140)) >> torch.arange(140) % 60
+    y = (torch.from_numpy(rng.integers(1, 2**62, 140)) >> torch.arange(140) * 7 % 61).clamp(min=1)
+    y[::5] *= -1
+    args = {
+        "x": ("in", x),
+        "y": ("in", y),
+        "quotient": ("out", torch.div(x, y, rounding_mode="trunc"), 0, 0),
+        "rest": ("out", torch.fmod(x, y), 0, 0),
+        "n": ("i32", 140),
+    }
+    yield Case("divide_i64", divide_i64, (2, 1, 1), args, {"BLOCK": 128})
+
+    seed, n = 0x1234567, 300
+    args = {"out": ("out", philox_numbers(seed, n), 0, 0), "seed": ("i32", seed), "n": ("i32", n)}
+    yield Case("philox", philox, (3, 1, 1), args, {"BLOCK": 128})
+
+    # Small whole numbers: every partial sum is exact in f16.
+    a, b = integers(rng, -2, 3, 45, 200).half(), integers(rng, -2, 3, 200, 32).half()
+    c = torch.matmul(a.double(), b.double()).half()
+    args = {
+        "a": ("in", a),
+        "b": ("in", b),
+        "c": ("out", c, 0, 0, torch.zeros_like(c)),
+        "M": ("i32", 45),
+        "N": ("i32", 32),
+        "K": ("i32", 200),
+    }
+    yield Case("split_k_f16", split_k, (2, 3, 1), args, {"PARTS": 3, "BM": 32, "BN": 32, "BK": 32}, 4, 2)
+
+    yield matmul_case(
+        "matmul_opt_in", rng, matmul, torch.float16, 33, 48, 272, (64, 64, 64), 8, 5, torch.float16
+    )
+
+
+def philox_numbers(seed, n):
+    """First word of Philox4x32-10 (Salmon et al. 2011) with key (seed, 0) and counters (i, 0, 0, 0)."""
+    numbers = []
+    for i in range(n):
+        c, k = [i, 0, 0, 0], [seed, 0]
+        for _ in range(10):
+            p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            low = 0xFFFFFFFF
+            c = [(q >> 32) ^ c[1] ^ k[0], q & low, (p >> 32) ^ c[3] ^ k[1], p & low]
+            k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+        numbers.append(c[0])
+    return torch.from_numpy(np.array(numbers, dtype=np.uint32).view(np.int32))
 
 
 def main(wanted):
