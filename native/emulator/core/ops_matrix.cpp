@@ -166,7 +166,7 @@ bool decode_matrix(Decoder& d, const Instruction& s) {
     if (at == types[k]) a = k;
     if (bt == types[k]) b = k;
   }
-  int k = std::atoi(shape.c_str() + 5);
+  int k = std::atoi(shape.c_str() + 6);
   if (a < 0 || b < 0) d.fail("unsupported element types");
   int e = 32 / element_bits(a);
   bool integer = a >= e_s8 && a <= e_u4, fp8 = a >= e_e4m3;

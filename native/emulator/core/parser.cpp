@@ -66,6 +66,10 @@ class Lexer {
     } else if (std::isdigit(static_cast<unsigned char>(c))) {
       while (word_char(at(p_)) || ((at(p_) == '+' || at(p_) == '-') && decimal_exponent(b))) ++p_;
       t_ = {Token::number, s_.substr(b, p_ - b), line_};
+    } else if (c == '.') {  // ".reg.b16" is two words
+      do ++p_;
+      while (at(p_) != '.' && word_char(at(p_)));
+      t_ = {Token::word, s_.substr(b, p_ - b), line_};
     } else if (word_start(c)) {
       while (word_char(at(p_)) || (at(p_) == ':' && at(p_ + 1) == ':')) p_ += at(p_) == ':' ? 2 : 1;
       t_ = {Token::word, s_.substr(b, p_ - b), line_};
