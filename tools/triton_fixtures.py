@@ -1,6 +1,6 @@
 """Makes test/fixtures/triton: PTX that Triton compiled for sm_80, small inputs, and PyTorch's results.
 
-They are foreign code for the emulator: native/emulator/test/foreign_test.cpp runs them. No GPU is needed here.
+Foreign code for the emulator: native/emulator/test/foreign_test.cpp runs it. No GPU is needed here.
 
     python tools/triton_fixtures.py [name ...]     # needs torch (CPU), triton 3.x, numpy
 
@@ -360,8 +360,8 @@ class Case:
 
 
 def without_folders(ptx):
-    """Debug sections name this machine's folders: `.file` lines keep the base name, the folder of the compile unit
-    (one .b8 a character) becomes as many dots."""
+    """Debug sections name this machine's folders: `.file` lines keep the base name, the folder of the compile
+    unit (one .b8 a character) becomes as many dots."""
     ptx = re.sub(r'(\.file\s+\d+ ")[^"]*/', r"\1", ptx)
     folder = str(Path(__file__).resolve().parent)
     spelled = "".join(rf"(\.b8 ){ord(c)}(\b[^\n]*\n)" for c in folder)
@@ -388,7 +388,7 @@ def ceil_div(a, b):
 
 
 def tf32(x, ptx):
-    """The operand as the tensor core sees it: rounded by cvt.rna where the PTX has it, else cut to 10 mantissa bits."""
+    """The operand as the tensor core sees it: rounded where the PTX has cvt.rna, else cut to 10 mantissa bits."""
     bits = x.view(torch.int32)
     if "cvt.rna.tf32" in ptx:
         bits = bits + 0x1000
