@@ -388,7 +388,7 @@ def ceil_div(a, b):
 
 
 def tf32(x, ptx):
-    """The operand as the tensor core sees it: rounded where the PTX has cvt.rna, else cut to 10 mantissa bits."""
+    """The operand as the tensor core sees it: rounded where the PTX has cvt.rna, else cut to 10 bits."""
     bits = x.view(torch.int32)
     if "cvt.rna.tf32" in ptx:
         bits = bits + 0x1000
