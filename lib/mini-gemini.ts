@@ -11,6 +11,7 @@ import { randomSeed } from './engine/sampler.ts'
 import { expected, MgmError, throwIfAborted } from './errors.ts'
 import { KvCache } from './models/decoder.ts'
 import { MgmModel } from './models/mgm.ts'
+import { native } from './native.ts'
 import { type ConversationName, conversationFor } from './processing/conversation.ts'
 import { type ImageInput, ImageProcessor } from './processing/image.ts'
 import { buildPrompt, type Message, tokenizePrompt } from './processing/prompt.ts'
@@ -413,6 +414,11 @@ function openDevice(options: LoadOptions, notes: string[]): Device {
     ...(memoryLimit !== undefined && { memoryLimit }),
   }
   if (device !== 'auto') return Device.open(device, settings)
+  const missingOps = native().cudaMissingOps()
+  if (missingOps.length > 0) {
+    notes.push(`running on the CPU: the CUDA backend has no kernels yet for ${missingOps.join(', ')}`)
+    return Device.open('cpu', settings)
+  }
   try {
     return Device.open('cuda', settings)
   } catch (error) {
