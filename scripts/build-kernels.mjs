@@ -5,7 +5,7 @@
 // Results are kept in build/kernels/cache under the hash of everything that went into them. ptxas's registers, spills
 // and shared memory are in build/kernels/registers.json; native/cuda/registers.json is the table they are held to.
 //
-// usage: node scripts/build-kernels.mjs [--nvcc PATH] [--update-registers]
+// usage: node scripts/build-kernels.mjs [--nvcc PATH] [--out FOLDER] [--update-registers]
 // MGM_CUDA_ARCHS: 'all' (default), 'ci' (PTX and sm_80 only) or a list such as '80,90'.
 import { execFile, execFileSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
@@ -18,8 +18,7 @@ import { parseArgs, promisify } from 'node:util'
 const run = promisify(execFile)
 const root = join(dirname(fileURLToPath(import.meta.url)), '..')
 const sources = join(root, 'native', 'cuda', 'kernels')
-const output = join(root, 'build', 'kernels')
-const cache = join(output, 'cache')
+const cache = join(root, 'build', 'kernels', 'cache')
 const table = join(root, 'native', 'cuda', 'registers.json')
 const ALL = [80, 86, 89, 90, 100, 120]
 // compute_80 needs 7.0. nvcc itself always writes its newest.
@@ -44,9 +43,11 @@ const VERSION_OF_TARGET = { 89: '7.8', 90: '7.8', 100: '8.6', 120: '8.7' }
 const { values } = parseArgs({
   options: {
     nvcc: { type: 'string', default: 'nvcc' },
+    out: { type: 'string', default: join(root, 'build', 'kernels') },
     'update-registers': { type: 'boolean', default: false },
   },
 })
+const output = values.out
 const asked = process.env.MGM_CUDA_ARCHS || 'all'
 const targets = asked === 'all' ? ALL : asked === 'ci' ? [80] : asked.split(',').map(Number)
 if (targets.length === 0 || targets.some(target => !ALL.includes(target)))
