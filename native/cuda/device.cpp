@@ -159,6 +159,7 @@ class CudaDevice final : public Device, private Queue {
 
   std::shared_ptr<Storage> allocate(size_t bytes) override {
     require_open();
+    use();
     const size_t capacity = round_up(bytes);
     const auto self = std::static_pointer_cast<CudaDevice>(shared_from_this());
     CUdeviceptr data = 0;

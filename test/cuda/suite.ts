@@ -11,7 +11,7 @@ type Make = (data: Float32Array | Int32Array | Uint8Array | Uint16Array, shape: 
 
 /** The CUDA backend against the CPU's, on the emulator under one schedule (or on a GPU). */
 export function cudaSuite(seed: string): void {
-  const library = testDriver({ MGM_EMULATOR_SEED: seed })
+  const library = testDriver({ MGM_EMULATOR_SEED: seed, MGM_EMULATOR_DEVICES: '80:512M,90:512M' })
   describe.skipIf(library === null)(`the CUDA backend under schedule ${seed}`, () => {
     const cpu = Device.open('cpu', { threads: 1 })
     let opened: Device | undefined
@@ -135,14 +135,21 @@ export function cudaSuite(seed: string): void {
         )
     })
 
-    it('gives a row the same bits alone and among many', async () => {
+    it('gives a row the same bits alone and among many, in tiles of either size', async () => {
       const random = new Random()
-      const [m, n, k] = [600, 256, 72]
+      const [m, n, k] = [150, 140, 72]
       const x = gpu().tensor(random.normals(m * k), [m, k])
       const w = ops.packLinear(gpu().tensor(random.normals(n * k), [n, k]), { dtype: 'bf16' })
-      const all = await ops.linear(x, w).readF32()
-      const row = await ops.linear(x.narrow(0, 411, 1), w).readF32()
-      expect(row).toEqual(all.slice(411 * n, 412 * n))
+      try {
+        process.env.MGM_CUDA_TILE = 'large'
+        const all = await ops.linear(x, w, { activation: 'gelu' }).readF32()
+        process.env.MGM_CUDA_TILE = 'small'
+        expect(await ops.linear(x, w, { activation: 'gelu' }).readF32(), `seed ${random.seed}`).toEqual(all)
+        const row = await ops.linear(x.narrow(0, 141, 1), w, { activation: 'gelu' }).readF32()
+        expect(row, `seed ${random.seed}`).toEqual(all.slice(141 * n, 142 * n))
+      } finally {
+        delete process.env.MGM_CUDA_TILE
+      }
     })
 
     it.each(['f32', 'bf16', 'f16'] as const)('rotates and writes %s pages', async dtype => {

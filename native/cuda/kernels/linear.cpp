@@ -1,5 +1,8 @@
 #include "linear.h"
 
+#include <cstdlib>
+#include <string_view>
+
 #include "../../runtime/error.h"
 #include "../../runtime/tensor.h"
 #include "../launch.h"
@@ -15,7 +18,12 @@ void pack(Queue& queue, const View& x, void* out, int64_t first, int64_t gates) 
 }
 
 // Large tiles reuse each byte more often; small ones give more blocks and waste less on few rows.
+// MGM_CUDA_TILE
+// ("large", "small") decides for tests and measurements; the results are the same.
 Tile tile_for(int64_t m, int64_t n, int multiprocessors) {
+  const char* asked = std::getenv("MGM_CUDA_TILE");
+  if (asked && std::string_view(asked) == "large") return kLargeTile;
+  if (asked && std::string_view(asked) == "small") return kSmallTile;
   const int64_t large = ceil_div(m, kLargeTile.m) * ceil_div(n, kLargeTile.n);
   return m > kSmallTile.m && large >= multiprocessors ? kLargeTile : kSmallTile;
 }

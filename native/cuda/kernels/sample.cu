@@ -282,7 +282,7 @@ __device__ int choose(Shared& s, const float* z, int n, const Options& o, const 
 __device__ void apply_penalties(const Options& o, const int32_t* history, int length, float* z,
                                 int32_t* counts) {
   for_ids(length, [&](int i) {
-    if (history[i] >= 0) atomicExch(&counts[history[i]], 0);
+    if (history[i] >= 0) counts[history[i]] = 0;
   });
   __syncthreads();
   for_ids(length, [&](int i) {
