@@ -152,9 +152,8 @@ class DeviceObject : public Napi::ObjectWrap<DeviceObject> {
 
   Napi::Value synchronize(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&]() -> Napi::Value {
-      Pending pending = make_pending(info.Env());
-      device_->synchronize(std::move(pending.done));
-      return pending.promise;
+      return promise_of(make_pending(info.Env()),
+                        [&](const Device::Done& done) { device_->synchronize(done); });
     });
   }
 
@@ -172,10 +171,10 @@ class DeviceObject : public Napi::ObjectWrap<DeviceObject> {
 
   Napi::Value close(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&]() -> Napi::Value {
-      Pending pending = make_pending(info.Env());
-      device_->trim();
-      device_->close(std::move(pending.done));
-      return pending.promise;
+      return promise_of(make_pending(info.Env()), [&](const Device::Done& done) {
+        device_->trim();
+        device_->close(done);
+      });
     });
   }
 

@@ -1,3 +1,6 @@
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { afterAll, describe, expect, it } from 'vitest'
 import { copyTo, Device } from '../../lib/device.ts'
 import type { MgmError } from '../../lib/errors.ts'
@@ -11,7 +14,14 @@ type Make = (data: Float32Array | Int32Array | Uint8Array | Uint16Array, shape: 
 
 /** The CUDA backend against the CPU's, on the emulator under one schedule (or on a GPU). */
 export function cudaSuite(seed: string): void {
-  const library = testDriver({ MGM_EMULATOR_SEED: seed, MGM_EMULATOR_DEVICES: '80:512M,90:512M' })
+  const folder = mkdtempSync(join(tmpdir(), 'mgm-emulator-'))
+  afterAll(() => rmSync(folder, { recursive: true }))
+  const findings = join(folder, 'findings.jsonl')
+  const library = testDriver({
+    MGM_EMULATOR_SEED: seed,
+    MGM_EMULATOR_DEVICES: '80:512M,90:512M',
+    MGM_EMULATOR_REPORT: findings,
+  })
   describe.skipIf(library === null)(`the CUDA backend under schedule ${seed}`, () => {
     const cpu = Device.open('cpu', { threads: 1 })
     let opened: Device | undefined
@@ -303,6 +313,13 @@ export function cudaSuite(seed: string): void {
       expect([...(await ops.cast(y, 'f32').read())]).toEqual([1, 2, 3])
       expect(() => copyTo(cpu.zeros([2]), other)).toThrow(/two GPUs/)
       await other.close()
+    })
+
+    // The last test: memory, race, init and sync checks were on all along.
+    it('leaves the emulator nothing to report', async () => {
+      await gpu().synchronize()
+      await gpu().close()
+      expect(existsSync(findings) ? readFileSync(findings, 'utf8') : '').toBe('')
     })
   })
 }
