@@ -190,8 +190,8 @@ function embed(modules) {
     for (const [target, file] of images) {
       const symbol = `mgm_image_${family}_${target || 'ptx'}`
       blobs.push(
-        `asm(".section .rodata\\n.balign 64\\n.global ${symbol}, ${symbol}_end\\n.hidden ${symbol}, ${symbol}_end\\n"`,
-        `    "${symbol}:\\n.incbin \\"${file}\\"\\n${symbol}_end:\\n.byte 0\\n.text\\n");`,
+        `asm(".pushsection .rodata\\n.balign 64\\n.global ${symbol}, ${symbol}_end\\n.hidden ${symbol}, ${symbol}_end\\n"`,
+        `    "${symbol}:\\n.incbin \\"${file}\\"\\n${symbol}_end:\\n.byte 0\\n.popsection\\n");`,
         `extern "C" const unsigned char ${symbol}[], ${symbol}_end[];`,
       )
       rows.push(`    {"${family}", ${target}, ${version}, ${symbol}, ${symbol}_end},`)
