@@ -138,7 +138,6 @@ __device__ void multiply(const LinearParams& p) {
     }
   }
   wait_copies<0>();
-
   __syncthreads();
 
   // The tile to shared memory, columns permuted by row against bank conflicts. A thread holds two
