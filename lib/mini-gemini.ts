@@ -413,10 +413,19 @@ function openDevice(options: LoadOptions, notes: string[]): Device {
     ...(threads !== undefined && { threads }),
     ...(memoryLimit !== undefined && { memoryLimit }),
   }
-  if (device !== 'auto') return Device.open(device, settings)
-  const missingOps = native().cudaMissingOps()
-  if (missingOps.length > 0) {
-    notes.push(`running on the CPU: the CUDA backend has no kernels yet for ${missingOps.join(', ')}`)
+  if (device === 'cpu') return Device.open(device, settings)
+  const missingOps = native().cudaMissingOps().join(', ')
+  if (device !== 'auto') {
+    const opened = Device.open(device, settings)
+    if (missingOps === '') return opened
+    void opened.close()
+    throw new MgmError(
+      'UNSUPPORTED',
+      `the CUDA backend has no kernels yet for ${missingOps}; use device: 'cpu' or 'auto'`,
+    )
+  }
+  if (missingOps !== '') {
+    notes.push(`running on the CPU: the CUDA backend has no kernels yet for ${missingOps}`)
     return Device.open('cpu', settings)
   }
   try {
