@@ -31,7 +31,8 @@ std::string image_name(const Image& image) {
 
 std::vector<const Image*> images_for(std::string_view family, int capability) {
   const char* asked = std::getenv("MGM_CUDA_IMAGE");
-  const bool ptx_only = asked && std::string_view(asked) == "ptx";
+  // The emulator executes PTX and nothing else.
+  const bool ptx_only = driver().emulated || (asked && std::string_view(asked) == "ptx");
   const Image *cubin = nullptr, *ptx = nullptr;
   for (const Image& image : images()) {
     if (family != image.family) continue;

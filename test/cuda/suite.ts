@@ -4,11 +4,12 @@ import { join } from 'node:path'
 import { afterAll, describe, expect, it } from 'vitest'
 import { copyTo, Device } from '../../lib/device.ts'
 import type { MgmError } from '../../lib/errors.ts'
+import { MiniGemini } from '../../lib/mini-gemini.ts'
 import { native } from '../../lib/native.ts'
 import * as ops from '../../lib/ops.ts'
 import type { Tensor } from '../../lib/tensor.ts'
 import { expectClose, fromHalf, Random } from '../ops/helpers.ts'
-import { testDriver } from './helpers.ts'
+import { root, testDriver } from './helpers.ts'
 
 type Make = (data: Float32Array | Int32Array | Uint8Array | Uint16Array, shape: number[]) => Tensor
 
@@ -302,6 +303,14 @@ export function cudaSuite(seed: string): void {
       expect(() => small.empty([1 << 20])).toThrow(/expected 4194304 free bytes .* limit 1048576/)
       await small.close()
       expect(code(() => small.empty([1]))).toBe('CLOSED')
+    })
+
+    it('refuses a model before it loads anything', async () => {
+      const folder = join(root, 'test', 'fixtures', 'mgm-vicuna-tiny', 'MGM-7B')
+      await expect(MiniGemini.load(folder, { device: 'cuda' })).rejects.toMatchObject({
+        code: 'UNSUPPORTED',
+        message: expect.stringMatching(/no kernels yet for .*attention/),
+      })
     })
 
     it('copies between two GPUs', async ctx => {
