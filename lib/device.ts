@@ -50,26 +50,27 @@ export class Device {
     this.#native = device
   }
 
-  /** Opens `'cpu'`. `'cuda'` throws DEVICE_UNAVAILABLE: this build holds no CUDA kernels yet. */
+  /**
+   * Opens `'cpu'`, `'cuda'` (the first GPU) or `'cuda:N'`. Throws DEVICE_UNAVAILABLE, saying what was found and what is
+   * required, where there is no such GPU, no driver, or a build without CUDA.
+   */
   static open(name = 'cpu', options: DeviceOptions = {}): Device {
     const { threads = availableParallelism(), memoryLimit = 0 } = options
     if (!Number.isInteger(threads) || threads < 1 || threads > 1024)
       throw expected('an integer from 1 to 1024', 'threads', threads)
     if (!Number.isFinite(memoryLimit) || memoryLimit < 0)
       throw expected('a number of bytes', 'memoryLimit', memoryLimit)
-    if (/^cuda(:\d+)?$/.test(name))
-      throw new MgmError(
-        'DEVICE_UNAVAILABLE',
-        `device "${name}" is not available: this build has only the CPU backend; use device: 'cpu' or 'auto'`,
-      )
+    const gpu = /^cuda(?::(\d{1,3}))?$/.exec(name)
+    if (gpu) return new Device(name, openCuda(name, Number(gpu[1] ?? 0), memoryLimit))
     if (name !== 'cpu') throw expected("'cpu', 'cuda' or 'cuda:N'", 'device', name)
     return new Device(name, native().openCpu({ threads, memoryLimit }))
   }
 
+  /** Threads that compute; on a GPU its multiprocessors. */
   get threads(): number {
     return this.#native.threads
   }
-  /** Instruction set the CPU kernels were chosen for. */
+  /** Instruction set the kernels were chosen for: avx2, ... on the CPU, sm_80, ... on a GPU. */
   get isa(): string {
     return this.#native.isa
   }
@@ -145,6 +146,34 @@ export class Device {
     this.#closing ??= this.#native.close()
     return this.#closing
   }
+}
+
+function openCuda(name: string, index: number, memoryLimit: number): NativeDevice {
+  try {
+    return native().openCuda({ index, memoryLimit })
+  } catch (cause) {
+    if (!(cause instanceof MgmError) || cause.code !== 'DEVICE_UNAVAILABLE') throw cause
+    throw new MgmError(
+      'DEVICE_UNAVAILABLE',
+      `device ${JSON.stringify(name)} is not available: ${cause.message}`,
+      { cause },
+    )
+  }
+}
+
+/**
+ * `source` (contiguous) on another GPU: a new tensor on `device`, ordered with the work of both devices.
+ * Throws INVALID_ARGUMENT unless both are CUDA devices.
+ */
+export function copyTo(source: Tensor, device: Device): Tensor {
+  const copy = device.empty(source.shape, source.dtype)
+  try {
+    native().copyBetween(source.alive().handle, copy.handle)
+  } catch (error) {
+    copy.dispose()
+    throw error
+  }
+  return copy
 }
 
 /** A read-only memory mapping of a file. */

@@ -9,6 +9,7 @@ export type MgmErrorCode =
   | 'CONTEXT_OVERFLOW' // the prompt does not fit the model's context or the KV cache
   | 'OUT_OF_MEMORY' // memory needed exceeds what is free or allowed
   | 'DEVICE_UNAVAILABLE' // no usable device of the asked kind
+  | 'DEVICE_LOST' // the GPU's context died; close the device and open it again
   | 'NATIVE_UNAVAILABLE' // the addon cannot be loaded on this platform
   | 'NUMERIC' // the model produced NaN where a number is required
   | 'UNSUPPORTED' // a valid request for something this version does not do

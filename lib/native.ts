@@ -56,6 +56,19 @@ export interface NativeResize {
   pad?: readonly number[] | undefined
 }
 
+/** What there is of CUDA on this machine and in this build. */
+export interface CudaSurvey {
+  /** Why no GPU can be used; null if one can. */
+  error: string | null
+  library: string | null
+  /** 12040 = CUDA 12.4; 0: no driver. */
+  driverVersion: number
+  /** The driver is the test emulator. */
+  emulated: boolean
+  /** capability: 80 = 8.0; memory in bytes; image: which of the embedded ones would run. */
+  devices: { name: string; capability: number; memory: number; image: string }[]
+}
+
 export interface NativeOp {
   name: string
   params: { name: string; type: string }[]
@@ -65,6 +78,12 @@ export interface NativeOp {
 export interface Native {
   setErrorClass(errorClass: typeof MgmError): void
   openCpu(options: { threads: number; memoryLimit: number }): NativeDevice
+  openCuda(options: { index: number; memoryLimit: number }): NativeDevice
+  /** Copies a contiguous tensor to one of the same size on another GPU, in order with the work of both. */
+  copyBetween(source: NativeTensor, destination: NativeTensor): void
+  cudaSurvey(): CudaSurvey
+  /** Ops that the CUDA backend has no kernel for, as native/ops.h spells them. */
+  cudaMissingOps(): string[]
   mapFile(path: string): NativeMappedFile
   opTable(): NativeOp[]
   call(op: number, args: unknown[]): NativeTensor[]

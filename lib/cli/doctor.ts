@@ -1,7 +1,7 @@
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { availableParallelism, cpus, freemem, release, totalmem } from 'node:os'
 import { join } from 'node:path'
-import { addonPath, native } from '../native.ts'
+import { addonPath, type CudaSurvey, native } from '../native.ts'
 import { errorText, formatBytes, table } from './terminal.ts'
 
 /** What `mgm doctor` found. Absent things are null. */
@@ -25,7 +25,13 @@ export interface Diagnosis {
     threads: number
   }
   memory: { total: number; free: number; limit: number | null }
-  gpu: { devices: string[]; driver: string | null; libcuda: string | null }
+  gpu: {
+    devices: string[]
+    driver: string | null
+    libcuda: string | null
+    /** What the addon sees through the CUDA driver; null if the addon did not load. */
+    cuda: CudaSurvey | null
+  }
   backend: { name: 'cpu' | null; reason: string }
 }
 
@@ -46,13 +52,16 @@ const LIBCUDA_FOLDERS = [
 export function diagnose(version: string): Diagnosis {
   const addon: Diagnosis['addon'] = { path: null, error: null }
   let chosen: { isa: string; best: string; available: string[] } | undefined
+  const gpu = findGpu()
+  let missingOps: string[] = []
   try {
     addon.path = addonPath()
     chosen = native().cpuFeatures()
+    gpu.cuda = native().cudaSurvey()
+    missingOps = native().cudaMissingOps()
   } catch (error) {
     addon.error = errorText(error, false).replace(/^mgm: /, '')
   }
-  const gpu = findGpu()
   const asked = process.env.MGM_CPU_ISA
   return {
     version,
@@ -76,15 +85,31 @@ export function diagnose(version: string): Diagnosis {
     memory: { total: totalmem(), free: freemem(), limit: memoryLimit() },
     gpu,
     backend: chosen
-      ? { name: 'cpu', reason: backendReason(gpu) }
+      ? { name: 'cpu', reason: backendReason(gpu, missingOps) }
       : { name: null, reason: 'the addon did not load, so nothing can run' },
   }
 }
 
-function backendReason(gpu: Diagnosis['gpu']): string {
-  const why = 'this version has only the CPU backend'
-  if (gpu.devices.length === 0) return `${why}; no NVIDIA GPU was found either`
-  return `${why}; the GPU is not used`
+function backendReason(gpu: Diagnosis['gpu'], missingOps: string[]): string {
+  if (gpu.cuda?.error) return gpu.cuda.error
+  return missingOps.length > 0
+    ? `the CUDA backend has no kernels yet for ${missingOps.join(', ')}; the GPU is not used`
+    : "the GPU is used where device is 'auto' or 'cuda'"
+}
+
+/** A line a GPU: capability, memory, the kernels' image that would run. */
+function cudaLines(cuda: CudaSurvey | null): string {
+  if (cuda === null) return 'unknown'
+  if (cuda.error !== null) return cuda.error
+  const version = `CUDA ${Math.floor(cuda.driverVersion / 1000)}.${(cuda.driverVersion % 1000) / 10}`
+  return [
+    `${version} through ${cuda.library}${cuda.emulated ? ', an emulated device: no real GPU' : ''}`,
+    ...cuda.devices.map(
+      ({ name, capability, memory, image }, index) =>
+        `cuda:${index} ${name}, compute capability ${Math.floor(capability / 10)}.${capability % 10}, ` +
+        `${formatBytes(memory)}, kernels: ${image}`,
+    ),
+  ].join('\n')
 }
 
 /** The diagnosis for people. */
@@ -110,6 +135,7 @@ export function renderDiagnosis(found: Diagnosis): string {
     ['gpu', gpu.devices.join('\n') || 'none found (no /dev/nvidia*)'],
     ['gpu driver', gpu.driver ?? 'none found'],
     ['libcuda', gpu.libcuda ?? 'none found'],
+    ['cuda', cudaLines(gpu.cuda)],
     [
       'backend',
       found.backend.name === null ? found.backend.reason : `${found.backend.name}: ${found.backend.reason}`,
@@ -166,5 +192,6 @@ function findGpu(): Diagnosis['gpu'] {
     devices: nodes.map((name, index) => `/dev/${name}${models[index] ? ` (${models[index]})` : ''}`),
     driver,
     libcuda: libcuda ?? null,
+    cuda: null,
   }
 }

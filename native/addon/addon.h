@@ -57,6 +57,17 @@ struct Pending {
 };
 // `value` makes the resolved value on the JS thread (undefined when empty).
 Pending make_pending(Napi::Env env, std::function<Napi::Value(Napi::Env)> value = {});
+// `start` hands pending.done to a device. If it throws instead, the promise is rejected: a Done that is never
+// called would keep the process alive.
+template <class Start>
+Napi::Value promise_of(const Pending& pending, Start&& start) {
+  try {
+    start(pending.done);
+  } catch (...) {
+    pending.done(std::current_exception());
+  }
+  return pending.promise;
+}
 
 Napi::Value wrap_tensor(Napi::Env env, Tensor tensor);
 const Tensor& unwrap_tensor(const Napi::Value& value);

@@ -2,6 +2,7 @@
 
 #include "addon.h"
 #include "cpu/kernels.h"
+#include "cuda/device.h"
 #include "runtime/error.h"
 #include "runtime/mapped_file.h"
 
@@ -74,15 +75,11 @@ class GraphObject : public Napi::ObjectWrap<GraphObject> {
 
 class DeviceObject : public Napi::ObjectWrap<DeviceObject> {
  public:
+  // Made by open_cpu and open_cuda, which pass the device as an external.
   explicit DeviceObject(const Napi::CallbackInfo& info) : ObjectWrap(info) {
-    guarded(info.Env(), [&] {
-      const auto options = info[0].As<Napi::Object>();
-      const int64_t threads = to_integer(options.Get("threads"), "threads"),
-                    limit = to_integer(options.Get("memoryLimit"), "memoryLimit");
-      if (threads < 1 || threads > 1024 || limit < 0)
-        throw Error("INVALID_ARGUMENT", "expected 1 to 1024 threads and a memory limit of at least 0");
-      device_ = cpu::open_device(static_cast<int>(threads), static_cast<size_t>(limit));
-    });
+    if (info.Length() != 1 || !info[0].IsExternal())
+      throw_error(info.Env(), "INVALID_ARGUMENT", "expected devices to be made by openCpu or openCuda");
+    device_ = *info[0].As<Napi::External<std::shared_ptr<Device>>>().Data();
     auto& devices = state(info.Env()).devices;
     std::erase_if(devices, [](const auto& weak) { return weak.expired(); });
     devices.push_back(device_);
@@ -155,9 +152,8 @@ class DeviceObject : public Napi::ObjectWrap<DeviceObject> {
 
   Napi::Value synchronize(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&]() -> Napi::Value {
-      Pending pending = make_pending(info.Env());
-      device_->synchronize(std::move(pending.done));
-      return pending.promise;
+      return promise_of(make_pending(info.Env()),
+                        [&](const Device::Done& done) { device_->synchronize(done); });
     });
   }
 
@@ -175,15 +171,83 @@ class DeviceObject : public Napi::ObjectWrap<DeviceObject> {
 
   Napi::Value close(const Napi::CallbackInfo& info) {
     return guarded(info.Env(), [&]() -> Napi::Value {
-      Pending pending = make_pending(info.Env());
-      device_->trim();
-      device_->close(std::move(pending.done));
-      return pending.promise;
+      return promise_of(make_pending(info.Env()), [&](const Device::Done& done) {
+        device_->trim();
+        device_->close(done);
+      });
     });
   }
 
   std::shared_ptr<Device> device_;
 };
+
+Napi::Value wrap_device(Napi::Env env, std::shared_ptr<Device> device) {
+  return state(env).device.New({Napi::External<std::shared_ptr<Device>>::New(env, &device)});
+}
+
+size_t memory_limit_of(const Napi::Object& options) {
+  const int64_t limit = to_integer(options.Get("memoryLimit"), "memoryLimit");
+  if (limit < 0) throw Error("INVALID_ARGUMENT", "expected a memory limit of at least 0");
+  return static_cast<size_t>(limit);
+}
+
+// openCpu({ threads, memoryLimit })
+Napi::Value open_cpu(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const auto options = info[0].As<Napi::Object>();
+    const int64_t threads = to_integer(options.Get("threads"), "threads");
+    if (threads < 1 || threads > 1024) throw Error("INVALID_ARGUMENT", "expected 1 to 1024 threads");
+    return wrap_device(info.Env(), cpu::open_device(static_cast<int>(threads), memory_limit_of(options)));
+  });
+}
+
+// openCuda({ index, memoryLimit })
+Napi::Value open_cuda(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const auto options = info[0].As<Napi::Object>();
+    const int64_t index = to_integer(options.Get("index"), "index");
+    if (index < 0 || index > 1023) throw Error("INVALID_ARGUMENT", "expected a GPU from 0 to 1023");
+    return wrap_device(info.Env(), cuda::open_device(static_cast<int>(index), memory_limit_of(options)));
+  });
+}
+
+// copyBetween(source, destination)
+void copy_between(const Napi::CallbackInfo& info) {
+  guarded(info.Env(), [&] { cuda::copy_between(unwrap_tensor(info[0]), unwrap_tensor(info[1])); });
+}
+
+// cudaSurvey(): what there is of CUDA on this machine and in this build.
+Napi::Value cuda_survey(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const Napi::Env env = info.Env();
+    const cuda::Survey found = cuda::survey();
+    Napi::Object result = Napi::Object::New(env);
+    result.Set("error", found.error.empty() ? env.Null() : Napi::String::New(env, found.error));
+    result.Set("library", found.library.empty() ? env.Null() : Napi::String::New(env, found.library));
+    result.Set("driverVersion", Napi::Number::New(env, found.driver_version));
+    result.Set("emulated", Napi::Boolean::New(env, found.emulated));
+    Napi::Array devices = Napi::Array::New(env);
+    for (const cuda::Gpu& gpu : found.gpus) {
+      Napi::Object entry = Napi::Object::New(env);
+      entry.Set("name", Napi::String::New(env, gpu.name));
+      entry.Set("capability", Napi::Number::New(env, gpu.capability));
+      entry.Set("memory", Napi::Number::New(env, static_cast<double>(gpu.memory)));
+      entry.Set("image", Napi::String::New(env, gpu.image));
+      devices.Set(devices.Length(), entry);
+    }
+    result.Set("devices", devices);
+    return result;
+  });
+}
+
+Napi::Value cuda_missing_ops(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    Napi::Array missing = Napi::Array::New(info.Env());
+    for (const std::string& op : cuda::missing_ops())
+      missing.Set(missing.Length(), Napi::String::New(info.Env(), op));
+    return missing;
+  });
+}
 
 // Runs a blocking probe on libuv's pool.
 class Probe : public Napi::AsyncWorker {
@@ -237,9 +301,11 @@ void init_device(Napi::Env env, Napi::Object exports) {
   current.mapped_file = Napi::Persistent(MappedFileObject::define(env));
   current.graph = Napi::Persistent(GraphObject::define(env));
   current.device = Napi::Persistent(DeviceObject::define(env));
-  exports.Set("openCpu", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
-                return state(info.Env()).device.New({info[0]});
-              }));
+  exports.Set("openCpu", Napi::Function::New(env, open_cpu));
+  exports.Set("openCuda", Napi::Function::New(env, open_cuda));
+  exports.Set("copyBetween", Napi::Function::New(env, copy_between));
+  exports.Set("cudaMissingOps", Napi::Function::New(env, cuda_missing_ops));
+  exports.Set("cudaSurvey", Napi::Function::New(env, cuda_survey));
   exports.Set("mapFile", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
                 return state(info.Env()).mapped_file.New({info[0]});
               }));

@@ -79,13 +79,13 @@ class TensorObject : public Napi::ObjectWrap<TensorObject> {
       }
       // The reference keeps the bytes in place until the copy has been made.
       auto held = std::make_shared<Napi::ObjectReference>(Napi::Persistent(array.As<Napi::Object>()));
-      Pending pending = make_pending(env, [held](Napi::Env) -> Napi::Value {
+      const Pending pending = make_pending(env, [held](Napi::Env) -> Napi::Value {
         Napi::Value result = held->Value();
         held->Reset();
         return result;
       });
-      source.device().read(source.view, buffer.Data(), std::move(pending.done));
-      return pending.promise;
+      return promise_of(
+          pending, [&](const Device::Done& done) { source.device().read(source.view, buffer.Data(), done); });
     });
   }
 

@@ -228,6 +228,7 @@ class CpuDevice : public Device {
     });
   }
 
+  bool uses_host_memory() const override { return true; }
   size_t packed_bytes(DType dtype, Layout layout, int64_t n, int64_t k) const override {
     return kernels_.packed_bytes(dtype, layout, n, k);
   }

@@ -68,7 +68,7 @@ Tensor tensor_from_file(Device& device, const std::shared_ptr<MappedFile>& file,
                 format("expected %zu bytes at offset %lld of %s but received a file of %zu bytes", bytes,
                        static_cast<long long>(offset), file->path().c_str(), file->size()));
   Tensor tensor;
-  if (static_cast<size_t>(offset) % item == 0) {
+  if (device.uses_host_memory() && static_cast<size_t>(offset) % item == 0) {
     tensor.storage =
         std::make_shared<MappedStorage>(device.shared_from_this(), file, static_cast<size_t>(offset), bytes);
     tensor.view = contiguous_view(tensor.storage->data(), dtype, shape);

@@ -27,7 +27,8 @@ class MappedFile {
   size_t size_;
 };
 
-// A tensor over the bytes at `offset` of the file: mapped in place when aligned, else copied to the device.
+// A tensor over the bytes at `offset` of the file: mapped in place where the device uses host memory and the
+// offset is aligned, else copied to the device.
 Tensor tensor_from_file(Device& device, const std::shared_ptr<MappedFile>& file, int64_t offset, DType dtype,
                         const Shape& shape);
 

@@ -2,9 +2,9 @@ import { afterAll, expect } from 'vitest'
 import { Device } from '../../lib/device.ts'
 import type { Tensor } from '../../lib/tensor.ts'
 
-/** A device for a test file, closed after its tests. */
+/** A device for a test file, closed after its tests: the CPU, or what MGM_TEST_DEVICE names ('cuda'). */
 export function openDevice(options: { threads?: number; memoryLimit?: number } = {}): Device {
-  const device = Device.open('cpu', options)
+  const device = Device.open(process.env.MGM_TEST_DEVICE ?? 'cpu', options)
   afterAll(() => device.close())
   return device
 }

@@ -1,0 +1,694 @@
+// A GPU as a device: one stream, stream-ordered memory, and a thread that waits for events, so that the
+// owning thread never does. Activations are f32; the tensor cores take them rounded to bf16
+// (kernels/linear.cu).
+#include "device.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../runtime/error.h"
+#include "context.h"
+
+namespace mgm::cuda {
+namespace {
+
+// Four sizes an octave, as on the CPU: blocks of a captured graph are reused by size.
+size_t round_up(size_t bytes) {
+  if (bytes <= 256) return 256;
+  const int octave = 63 - __builtin_clzll(bytes - 1);
+  const size_t step = size_t{1} << (octave > 2 ? octave - 2 : 0);
+  return std::max<size_t>((bytes + step - 1) / step * step, 256);
+}
+
+std::string fault_text(const Fault& fault) {
+  const auto ll = [](int64_t value) { return static_cast<long long>(value); };
+  switch (static_cast<FaultKind>(fault.kind)) {
+    case FaultKind::embedding_id:
+      return format("[embedding] expected an id below %lld but received %lld", ll(fault.limit),
+                    ll(fault.value));
+    case FaultKind::splice_index:
+      return format("[splice_embeddings] expected an index from %lld to %lld but received %lld",
+                    ll(fault.low), ll(fault.limit - 1), ll(fault.value));
+    case FaultKind::cache_slot:
+      return format("expected a slot below %lld (or a negative one) for token %lld but received %lld",
+                    ll(fault.limit), ll(fault.where), ll(fault.value));
+    case FaultKind::history_length:
+      return format("expected a history length up to %lld for row %lld but received %lld", ll(fault.limit),
+                    ll(fault.where), ll(fault.value));
+    case FaultKind::history_id:
+      return format("expected an id below %lld for a history entry of row %lld but received %lld",
+                    ll(fault.limit), ll(fault.where), ll(fault.value));
+    default:
+      return format("a kernel reported fault %d", fault.kind);
+  }
+}
+
+// Page-locked host memory, through which all copies go: only from there do they run beside the caller. Blocks
+// are kept and reused.
+class Staging {
+ public:
+  static constexpr size_t kSmallest = size_t{64} << 10;
+
+  struct Block {
+    std::byte* data;
+    size_t bytes;
+  };
+
+  Block take(size_t bytes) {
+    size_t size = kSmallest;
+    while (size < bytes) size *= 2;
+    {
+      std::lock_guard lock(mutex_);
+      auto& list = free_[size];
+      if (!list.empty()) {
+        std::byte* data = list.back();
+        list.pop_back();
+        return {data, size};
+      }
+    }
+    void* data;
+    MGM_CU(cuMemHostAlloc(&data, size, 0));
+    return {static_cast<std::byte*>(data), size};
+  }
+  void give_back(Block block) {
+    std::lock_guard lock(mutex_);
+    free_[block.bytes].push_back(block.data);
+  }
+  void free_all() {
+    std::lock_guard lock(mutex_);
+    for (auto& [bytes, list] : free_)
+      for (std::byte* data : list) driver().cuMemFreeHost(data);
+    free_.clear();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<size_t, std::vector<std::byte*>> free_;
+};
+
+struct Counters {
+  size_t used = 0, peak = 0, limit = 0;
+};
+
+class CudaDevice;
+
+// Blocks that only one graph uses, so that nothing else lies there between its replays.
+struct GraphPool {
+  std::map<size_t, std::vector<CUdeviceptr>> free;
+  std::weak_ptr<Device> device;
+  ~GraphPool();
+};
+
+struct CudaGraph : Graph {
+  CUgraphExec exec = nullptr;
+  size_t ops = 0;
+  std::vector<std::shared_ptr<Storage>> held;
+  std::shared_ptr<GraphPool> pool;
+  std::weak_ptr<Device> device;
+  size_t length() const override { return ops; }
+  ~CudaGraph() override;
+};
+
+class CudaStorage : public Storage {
+ public:
+  CudaStorage(std::shared_ptr<CudaDevice> device, CUdeviceptr data, size_t bytes, size_t capacity,
+              std::shared_ptr<GraphPool> pool);
+  ~CudaStorage() override;
+  const std::shared_ptr<GraphPool>& pool() const { return pool_; }
+
+ private:
+  std::shared_ptr<GraphPool> pool_;  // null: the stream's memory pool
+  size_t capacity_;
+};
+
+class CudaDevice final : public Device, private Queue {
+ public:
+  static constexpr size_t kChunk = size_t{8} << 20;         // largest piece of a write
+  static constexpr size_t kMostWriting = size_t{64} << 20;  // written pieces under way before write() waits
+
+  CudaDevice(std::shared_ptr<Context> context, size_t memory_limit)
+      : Queue(context->info()), context_(std::move(context)), isa_(format("sm_%d", info().capability())) {
+    counters_.limit = memory_limit;
+    context_->use();
+    MGM_CU(cuStreamCreate(&stream_, kStreamNonBlocking));
+    try {
+      MGM_CU(cuStreamCreate(&capture_stream_, kStreamNonBlocking));
+      CUdeviceptr fault;
+      MGM_CU(cuMemAllocAsync(&fault, sizeof(Fault), stream_));
+      fault_ = fault;
+      MGM_CU(cuMemsetD8Async(fault_, 0, sizeof(Fault), stream_));
+      waiter_ = std::thread([this] { wait_for_events(); });
+    } catch (...) {
+      release();
+      throw;
+    }
+  }
+
+  ~CudaDevice() override {
+    terminate();
+    release();
+  }
+
+  std::shared_ptr<Storage> allocate(size_t bytes) override {
+    require_open();
+    use();
+    const size_t capacity = round_up(bytes);
+    const auto self = std::static_pointer_cast<CudaDevice>(shared_from_this());
+    CUdeviceptr data = 0;
+    if (capture_) {
+      auto& list = capture_->pool->free[capacity];
+      if (!list.empty()) {
+        data = list.back();
+        list.pop_back();
+      }
+    }
+    if (!data) {
+      if (counters_.limit && counters_.used + capacity > counters_.limit)
+        out_of_memory(capacity, counters_.limit - std::min(counters_.limit, counters_.used));
+      // Also during a capture: the memory is stream_'s, where replays run.
+      CUresult result = driver().cuMemAllocAsync(&data, capacity, stream_);
+      if (result == kOutOfMemory) {
+        // What was freed counts as free only once the work before it is done.
+        driver().cuStreamSynchronize(stream_);
+        trim();
+        result = driver().cuMemAllocAsync(&data, capacity, stream_);
+      }
+      if (result == kOutOfMemory) {
+        size_t available = 0, total = 0;
+        MGM_CU(cuMemGetInfo_v2(&available, &total));
+        out_of_memory(capacity, available);
+      }
+      check(result, "cuMemAllocAsync", __LINE__);
+    }
+    counters_.used += capacity;
+    counters_.peak = std::max(counters_.peak, counters_.used);
+    return std::make_shared<CudaStorage>(self, data, bytes, capacity, capture_ ? capture_->pool : nullptr);
+  }
+
+  void give_back(CUdeviceptr data, size_t capacity, GraphPool* pool) {
+    counters_.used -= capacity;
+    if (pool)
+      pool->free[capacity].push_back(data);
+    else
+      free_now(data);
+  }
+
+  // In order with the stream. A lost context has nothing left to free.
+  void free_now(CUdeviceptr data) {
+    if (lost_ || !stream_) return;
+    driver().cuCtxSetCurrent(context_->handle());
+    driver().cuMemFreeAsync(data, stream_);
+  }
+
+  void write(const View& destination, const void* source, size_t bytes) override {
+    refuse_in_capture("write");
+    const auto* from = static_cast<const std::byte*>(source);
+    auto to = reinterpret_cast<CUdeviceptr>(destination.data);
+    for (size_t done = 0; done < bytes;) {
+      const size_t count = std::min(bytes - done, kChunk);
+      wait_for_room(count);
+      const Staging::Block block = staging_.take(count);
+      std::memcpy(block.data, from + done, count);
+      call(driver().cuMemcpyHtoDAsync_v2(to + done, block.data, count, stream_), "cuMemcpyHtoDAsync");
+      {
+        std::lock_guard lock(mutex_);
+        writing_ += count;
+      }
+      after([this, block, count](CUresult) {
+        staging_.give_back(block);
+        std::lock_guard lock(mutex_);
+        writing_ -= count;
+        room_.notify_one();
+      });
+      done += count;
+    }
+  }
+
+  void read(const View& source, void* destination, Done done) override {
+    refuse_in_capture("read");
+    const size_t bytes = static_cast<size_t>(source.numel()) * dtype_size(source.dtype);
+    View from = source;
+    std::shared_ptr<Storage> copy;
+    if (bytes > 0 && !is_contiguous(source)) {
+      copy = allocate(bytes);
+      from = contiguous_view(copy->data(), source.dtype, Shape(source.shape, source.shape + source.rank));
+      cuda::cast(*this, {source, from});
+    }
+    const Staging::Block block = staging_.take(sizeof(Fault) + bytes);
+    take_fault(block.data);
+    if (bytes > 0)
+      call(driver().cuMemcpyDtoHAsync_v2(block.data + sizeof(Fault), reinterpret_cast<CUdeviceptr>(from.data),
+                                         bytes, stream_),
+           "cuMemcpyDtoHAsync");
+    after([this, block, bytes, destination, done = std::move(done)](CUresult result) {
+      const std::exception_ptr failure = failure_of(result, block.data);
+      if (!failure && bytes > 0) std::memcpy(destination, block.data + sizeof(Fault), bytes);
+      staging_.give_back(block);
+      done(failure);
+    });
+  }
+
+  void synchronize(Done done) override {
+    refuse_in_capture("synchronize");
+    const Staging::Block block = staging_.take(sizeof(Fault));
+    take_fault(block.data);
+    after([this, block, done = std::move(done)](CUresult result) {
+      const std::exception_ptr failure = failure_of(result, block.data);
+      staging_.give_back(block);
+      done(failure);
+    });
+  }
+
+  void defer(std::function<void()> release) override {
+    if (closed_ || lost_) {
+      release();
+      return;
+    }
+    after([release = std::move(release)](CUresult) { release(); });
+  }
+
+  void begin_capture() override {
+    refuse_in_capture("capture");
+    auto graph = std::make_shared<CudaGraph>();
+    graph->pool = std::make_shared<GraphPool>();
+    graph->pool->device = weak_from_this();
+    graph->device = weak_from_this();
+    // Relaxed: loading a module or allocating for the graph is no part of it and must stay allowed.
+    call(driver().cuStreamBeginCapture_v2(capture_stream_, kCaptureRelaxed), "cuStreamBeginCapture");
+    capture_ = std::move(graph);
+  }
+
+  std::shared_ptr<Graph> end_capture() override {
+    use();
+    std::shared_ptr<CudaGraph> graph = std::exchange(capture_, nullptr);
+    if (!graph) throw Error("INVALID_ARGUMENT", "expected a capture to end but received none");
+    CUgraph recorded = nullptr;
+    call(driver().cuStreamEndCapture(capture_stream_, &recorded), "cuStreamEndCapture");
+    const CUresult result = driver().cuGraphInstantiateWithFlags(&graph->exec, recorded, 0);
+    driver().cuGraphDestroy(recorded);
+    check(result, "cuGraphInstantiateWithFlags", __LINE__);
+    return graph;
+  }
+
+  void abort_capture() override {
+    if (!capture_) return;
+    driver().cuCtxSetCurrent(context_->handle());
+    CUgraph recorded = nullptr;
+    if (driver().cuStreamEndCapture(capture_stream_, &recorded) == kSuccess && recorded)
+      driver().cuGraphDestroy(recorded);
+    capture_ = nullptr;
+  }
+
+  void replay(const std::shared_ptr<Graph>& graph) override {
+    refuse_in_capture("replay");
+    const auto recorded = std::static_pointer_cast<CudaGraph>(graph);
+    if (recorded->device.lock().get() != this)
+      throw Error("INVALID_ARGUMENT", "expected a graph of this device for replay but received another's");
+    call(driver().cuGraphLaunch(recorded->exec, stream_), "cuGraphLaunch");
+  }
+
+  void hold(const Tensor& tensor) override {
+    if (!capture_) return;
+    const auto* storage = dynamic_cast<CudaStorage*>(tensor.storage.get());
+    if (storage && storage->pool() == capture_->pool) return;
+    for (const auto& held : capture_->held)
+      if (held == tensor.storage) return;
+    capture_->held.push_back(tensor.storage);
+  }
+
+  bool uses_host_memory() const override { return false; }
+  size_t packed_bytes(DType dtype, Layout layout, int64_t n, int64_t k) const override {
+    return cuda::packed_bytes(dtype, layout, n, k);
+  }
+
+  MemoryStats memory() const override {
+    uint64_t reserved = 0, used = 0;
+    const auto attribute = driver().cuMemPoolGetAttribute;
+    if (attribute && !lost_) {
+      attribute(context_->pool(), kPoolReservedCurrent, &reserved);
+      attribute(context_->pool(), kPoolUsedCurrent, &used);
+    }
+    return {counters_.used, reserved > used ? static_cast<size_t>(reserved - used) : 0, counters_.peak,
+            counters_.limit ? std::min(counters_.limit, info().memory) : info().memory};
+  }
+
+  void trim() override {
+    if (lost_ || closed_) return;
+    use();
+    call(driver().cuMemPoolTrimTo(context_->pool(), 0), "cuMemPoolTrimTo");
+  }
+
+  int threads() const override { return info().multiprocessors; }
+  const char* isa() const override { return isa_.c_str(); }
+
+  void close(Done done) override {
+    if (closed_) {
+      done(nullptr);
+      return;
+    }
+    abort_capture();
+    if (lost_) {
+      done(nullptr);
+    } else {
+      // A failure that nobody read goes with the device.
+      after([done = std::move(done)](CUresult) { done(nullptr); });
+    }
+    std::lock_guard lock(mutex_);
+    closed_ = true;
+    wake_.notify_one();
+  }
+
+  void terminate() override {
+    {
+      std::lock_guard lock(mutex_);
+      closed_ = terminated_ = true;
+      wake_.notify_one();
+    }
+    if (waiter_.joinable()) waiter_.join();
+    if (stream_ && !lost_) {
+      driver().cuCtxSetCurrent(context_->handle());
+      driver().cuStreamSynchronize(stream_);
+    }
+  }
+
+#define MGM_RUN(name, Args)              \
+  void name(const Args& args) override { \
+    use();                               \
+    require_open();                      \
+    cuda::name(*this, args);             \
+    if (capture_) ++capture_->ops;       \
+  }
+  MGM_CUDA_OPS(MGM_RUN)
+#undef MGM_RUN
+
+#define MGM_REFUSE(name, Args) \
+  void name(const Args&) override { throw Error("UNSUPPORTED", "[" #name "] has no CUDA kernel yet"); }
+  MGM_REFUSE(moe_route, MoeRouteArgs)
+  MGM_REFUSE(grouped_linear, GroupedLinearArgs)
+  MGM_REFUSE(conv2d, Conv2dArgs)
+  MGM_REFUSE(depthwise_conv_norm, DepthwiseConvNormArgs)
+  MGM_REFUSE(attention, AttentionArgs)
+  MGM_REFUSE(paged_attention, PagedAttentionArgs)
+  MGM_REFUSE(patch_mining, PatchMiningArgs)
+#undef MGM_REFUSE
+
+  CUstream stream() const {
+    return stream_;
+  }
+  const Context& context() const {
+    return *context_;
+  }
+  bool capturing() const {
+    return capture_ != nullptr;
+  }
+
+  // Makes what is enqueued on this device from now on wait for what `other` has enqueued so far.
+  void wait_for(CudaDevice& other) {
+    const CUevent event = other.record();
+    use();
+    const CUresult result = driver().cuStreamWaitEvent(stream_, event, 0);
+    other.retire(event);
+    check(result, "cuStreamWaitEvent", __LINE__);
+  }
+
+  void copy_from(CudaDevice& other, CUdeviceptr to, CUdeviceptr from, size_t bytes) {
+    refuse_in_capture("a copy between devices");
+    other.refuse_in_capture("a copy between devices");
+    wait_for(other);
+    call(driver().cuMemcpyPeerAsync(to, context_->handle(), from, other.context_->handle(), bytes, stream_),
+         "cuMemcpyPeerAsync");
+    // The source may be freed or overwritten by its own device next.
+    other.wait_for(*this);
+  }
+
+ private:
+  friend struct GraphPool;
+  friend struct CudaGraph;
+
+  struct Waiting {
+    CUevent event;
+    std::function<void(CUresult)> then;
+  };
+
+  std::shared_ptr<Storage> scratch(size_t bytes) override {
+    return allocate(bytes);
+  }
+  Fault* fault() override {
+    return reinterpret_cast<Fault*>(fault_);
+  }
+
+  void launch_bytes(const Kernel& kernel, Grid grid, int threads, size_t dynamic_shared, const void* args,
+                    size_t bytes) override {
+    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+      throw Error("INVALID_ARGUMENT",
+                  format("expected a grid that fits a GPU for %s but received %lld x %lld x %lld",
+                         kernel.name, static_cast<long long>(grid.x), static_cast<long long>(grid.y),
+                         static_cast<long long>(grid.z)));
+    const CUfunction function = context_->function(kernel, bytes, dynamic_shared);
+    void* params[] = {const_cast<void*>(args)};
+    const CUresult result = driver().cuLaunchKernel(
+        function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
+        static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(dynamic_shared),
+        capture_ ? capture_stream_ : stream_, params, nullptr);
+    call(result, kernel.name);
+  }
+
+  static bool is_contiguous(const View& view) {
+    Tensor tensor;
+    tensor.view = view;
+    return tensor.contiguous();
+  }
+
+  void use() const {
+    context_->use();
+  }
+
+  // Records that the context died, once; then throws.
+  void call(CUresult result, const char* what) {
+    check(result, what, 0);
+  }
+  void check(CUresult result, const char* what, int line) {
+    if (result == kSuccess) return;
+    if (is_sticky(result)) lose(result, what);
+    fail(result, what, __FILE__, line);
+  }
+  void lose(CUresult result, const char* what) {
+    std::lock_guard lock(mutex_);
+    if (lost_) return;
+    loss_ = describe(result) + ", seen by " + what;
+    lost_ = true;
+    room_.notify_all();
+  }
+
+  void require_open() const {
+    if (closed_) throw Error("CLOSED", "expected an open device but received a closed one");
+    if (lost_)
+      throw Error("DEVICE_LOST",
+                  "the GPU's context died of " + loss_ + "; close the device and open it again");
+  }
+
+  void refuse_in_capture(const char* what) const {
+    require_open();
+    if (capture_)
+      throw Error("INVALID_ARGUMENT", format("expected only ops during a capture but received %s", what));
+    use();
+  }
+
+  CUevent record() {
+    use();
+    CUevent event = nullptr;
+    {
+      std::lock_guard lock(mutex_);
+      if (!events_.empty()) {
+        event = events_.back();
+        events_.pop_back();
+      }
+    }
+    if (!event)
+      call(driver().cuEventCreate(&event, kEventBlockingSync | kEventDisableTiming), "cuEventCreate");
+    call(driver().cuEventRecord(event, stream_), "cuEventRecord");
+    return event;
+  }
+  void retire(CUevent event) {
+    std::lock_guard lock(mutex_);
+    events_.push_back(event);
+  }
+
+  // Runs `then` on the waiting thread once everything enqueued so far is done.
+  void after(std::function<void(CUresult)> then) {
+    const CUevent event = record();
+    std::lock_guard lock(mutex_);
+    waiting_.push_back({event, std::move(then)});
+    wake_.notify_one();
+  }
+
+  // The fault record to the host, and a clean one for what follows.
+  void take_fault(std::byte* to) {
+    call(driver().cuMemcpyDtoHAsync_v2(to, fault_, sizeof(Fault), stream_), "cuMemcpyDtoHAsync");
+    call(driver().cuMemsetD8Async(fault_, 0, sizeof(Fault), stream_), "cuMemsetD8Async");
+  }
+
+  std::exception_ptr failure_of(CUresult result, const std::byte* record) {
+    if (result != kSuccess)
+      return std::make_exception_ptr(Error(is_sticky(result) ? "DEVICE_LOST" : "INTERNAL",
+                                           "the GPU's work failed: " + describe(result)));
+    Fault fault;
+    std::memcpy(&fault, record, sizeof fault);
+    if (fault.kind == 0) return nullptr;
+    return std::make_exception_ptr(Error("INVALID_ARGUMENT", fault_text(fault)));
+  }
+
+  void wait_for_room(size_t bytes) {
+    std::unique_lock lock(mutex_);
+    room_.wait(lock, [&] { return writing_ == 0 || writing_ + bytes <= kMostWriting || lost_; });
+  }
+
+  void wait_for_events() {
+    driver().cuCtxSetCurrent(context_->handle());
+    for (;;) {
+      Waiting next;
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [&] { return !waiting_.empty() || closed_; });
+        if (terminated_ || waiting_.empty()) break;
+        next = std::move(waiting_.front());
+        waiting_.pop_front();
+      }
+      const CUresult result = driver().cuEventSynchronize(next.event);
+      if (is_sticky(result)) lose(result, "cuEventSynchronize");
+      next.then(result);
+      retire(next.event);
+    }
+  }
+
+  [[noreturn]] void out_of_memory(size_t needed, size_t available) const {
+    throw Error("OUT_OF_MEMORY",
+                format("expected %zu free bytes for a tensor but received %zu (in use %zu, limit %zu)",
+                       needed, available, counters_.used, counters_.limit));
+  }
+
+  void release() {
+    const Driver& api = driver();
+    api.cuCtxSetCurrent(context_->handle());
+    for (const Waiting& left : waiting_) events_.push_back(left.event);
+    for (const CUevent event : events_) api.cuEventDestroy_v2(event);
+    staging_.free_all();
+    if (stream_) {
+      if (fault_) api.cuMemFreeAsync(fault_, stream_);
+      api.cuStreamSynchronize(stream_);
+      api.cuStreamDestroy_v2(std::exchange(stream_, nullptr));
+    }
+    if (capture_stream_) api.cuStreamDestroy_v2(std::exchange(capture_stream_, nullptr));
+  }
+
+  const std::shared_ptr<Context> context_;
+  const std::string isa_;
+  Counters counters_;
+  CUstream stream_ = nullptr, capture_stream_ = nullptr;
+  CUdeviceptr fault_ = 0;
+  std::shared_ptr<CudaGraph> capture_;
+  Staging staging_;
+
+  std::mutex mutex_;
+  std::condition_variable wake_, room_;
+  std::deque<Waiting> waiting_;
+  std::vector<CUevent> events_;  // for reuse
+  size_t writing_ = 0;           // bytes
+  bool terminated_ = false;
+  std::string loss_;  // written once, before lost_
+  std::atomic<bool> closed_ = false, lost_ = false;
+  std::thread waiter_;
+};
+
+CudaStorage::CudaStorage(std::shared_ptr<CudaDevice> device, CUdeviceptr data, size_t bytes, size_t capacity,
+                         std::shared_ptr<GraphPool> pool)
+    : Storage(std::move(device), reinterpret_cast<void*>(data), bytes),
+      pool_(std::move(pool)),
+      capacity_(capacity) {}
+
+CudaStorage::~CudaStorage() {
+  static_cast<CudaDevice&>(device()).give_back(reinterpret_cast<CUdeviceptr>(data()), capacity_, pool_.get());
+}
+
+GraphPool::~GraphPool() {
+  const auto alive = std::static_pointer_cast<CudaDevice>(device.lock());
+  if (!alive) return;
+  for (const auto& [capacity, list] : free)
+    for (const CUdeviceptr block : list) alive->free_now(block);
+}
+
+CudaGraph::~CudaGraph() {
+  if (!exec) return;
+  const auto alive = std::static_pointer_cast<CudaDevice>(device.lock());
+  if (!alive || alive->lost_) return;
+  try {
+    alive->defer([exec = exec] { driver().cuGraphExecDestroy(exec); });
+  } catch (const std::exception&) {
+    // The context died meanwhile, and the graph with it.
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<Device> open_device(int index, size_t memory_limit) {
+  return std::make_shared<CudaDevice>(Context::open(index), memory_limit);
+}
+
+void copy_between(const Tensor& source, const Tensor& destination) {
+  auto* from = dynamic_cast<CudaDevice*>(&source.device());
+  auto* to = dynamic_cast<CudaDevice*>(&destination.device());
+  if (!from || !to || !destination.contiguous() || !(source.contiguous() || source.packed()) ||
+      source.byte_length() != destination.byte_length())
+    throw Error("INVALID_ARGUMENT",
+                format("expected contiguous tensors of one size on two GPUs but received %s and %s",
+                       shape_string(source.view).c_str(), shape_string(destination.view).c_str()));
+  to->copy_from(*from, reinterpret_cast<CUdeviceptr>(destination.view.data),
+                reinterpret_cast<CUdeviceptr>(source.view.data), source.byte_length());
+}
+
+Survey survey() {
+  Survey found{};
+  try {
+    const Driver& api = driver();
+    found.library = api.path;
+    found.driver_version = api.version;
+    found.emulated = api.emulated;
+    const int count = device_count();
+    for (int i = 0; i < count; ++i) {
+      const DeviceInfo info = device_info(i);
+      const auto usable = images_for("linear", info.capability());
+      found.gpus.push_back({info.name, info.capability(), info.memory,
+                            usable.empty() || info.major < kRequiredMajor
+                                ? format("none: compute capability %d.0 or newer is required", kRequiredMajor)
+                                : image_name(*usable[0])});
+    }
+    if (count == 0) found.error = "the driver sees no GPU";
+  } catch (const std::exception& error) {
+    found.error = error.what();
+  }
+  return found;
+}
+
+std::vector<std::string> missing_ops() {
+  std::vector<std::string> missing;
+  const std::string_view have[] = {
+#define MGM_NAME(name, Args) #name,
+      MGM_CUDA_OPS(MGM_NAME)
+#undef MGM_NAME
+  };
+#define MGM_NAME(name, Args) \
+  if (std::find(std::begin(have), std::end(have), #name) == std::end(have)) missing.push_back(#name);
+  MGM_OPS(MGM_NAME)
+#undef MGM_NAME
+  return missing;
+}
+
+}  // namespace mgm::cuda

@@ -1,0 +1,271 @@
+// Compiles native/cuda/kernels/*.cu to PTX (compute_80, relabelled to the lowest .version that ptxas accepts) and
+// that same PTX to cubins, and writes build/kernels/images.cpp, which embeds them. A kernel that passes its tests as
+// PTX on the emulator is therefore the kernel in every cubin.
+//
+// Results are kept in build/kernels/cache under the hash of everything that went into them. ptxas's registers, spills
+// and shared memory are in build/kernels/registers.json; native/cuda/registers.json is the table they are held to.
+//
+// usage: node scripts/build-kernels.mjs [--nvcc PATH] [--out FOLDER] [--update-registers]
+// MGM_CUDA_ARCHS: 'all' (default), 'ci' (PTX and sm_80 only) or a list such as '80,90'.
+import { execFile, execFileSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { parseArgs, promisify } from 'node:util'
+
+const run = promisify(execFile)
+const root = join(dirname(fileURLToPath(import.meta.url)), '..')
+const sources = join(root, 'native', 'cuda', 'kernels')
+const cache = join(root, 'build', 'kernels', 'cache')
+const table = join(root, 'native', 'cuda', 'registers.json')
+const ALL = [80, 86, 89, 90, 100, 120]
+// compute_80 needs 7.0. nvcc itself always writes its newest.
+const PTX_VERSIONS = [
+  '7.0',
+  '7.1',
+  '7.2',
+  '7.3',
+  '7.4',
+  '7.5',
+  '7.6',
+  '7.7',
+  '7.8',
+  '8.0',
+  '8.4',
+  '8.7',
+  '9.0',
+]
+// A cubin for a target needs a .version that knows the target; the code stays the same.
+const VERSION_OF_TARGET = { 89: '7.8', 90: '7.8', 100: '8.6', 120: '8.7' }
+
+const { values } = parseArgs({
+  options: {
+    nvcc: { type: 'string', default: 'nvcc' },
+    out: { type: 'string', default: join(root, 'build', 'kernels') },
+    'update-registers': { type: 'boolean', default: false },
+  },
+})
+const output = values.out
+const asked = process.env.MGM_CUDA_ARCHS || 'all'
+const targets = asked === 'all' ? ALL : asked === 'ci' ? [80] : asked.split(',').map(Number)
+if (targets.length === 0 || targets.some(target => !ALL.includes(target)))
+  fail(
+    `expected 'all', 'ci' or some of ${ALL.join(',')} for MGM_CUDA_ARCHS but received ${JSON.stringify(asked)}`,
+  )
+
+const ptxas = values.nvcc.includes('/') ? sibling(values.nvcc, 'ptxas') : 'ptxas'
+// The rules of this script count as a part of the compiler.
+const compiler = tool(values.nvcc) + tool(ptxas) + readFileSync(fileURLToPath(import.meta.url), 'utf8')
+const headers = readdirSync(sources).filter(name => /\.(h|cuh)$/.test(name))
+const shared = headers.map(name => `${name}\0${readFileSync(join(sources, name), 'utf8')}`).join('\0')
+const families = readdirSync(sources)
+  .filter(name => name.endsWith('.cu'))
+  .map(name => name.slice(0, -3))
+mkdirSync(cache, { recursive: true })
+
+const limit = gate(availableParallelism())
+const modules = await Promise.all(families.map(family => compile(family)))
+write(join(output, 'images.cpp'), embed(modules))
+const registers = Object.fromEntries(modules.map(module => [module.family, module.usage]))
+write(join(output, 'registers.json'), `${JSON.stringify(registers, null, 2)}\n`)
+if (values['update-registers']) {
+  if (targets.length !== ALL.length)
+    fail('the table of registers is made of all targets: unset MGM_CUDA_ARCHS')
+  writeFileSync(table, `${JSON.stringify(registers, null, 2)}\n`)
+}
+
+/** PTX, cubins and what ptxas said of one .cu file. */
+async function compile(family) {
+  const source = join(sources, `${family}.cu`)
+  const flags = ['-std=c++17', '-O3', '-ptx', '-arch=compute_80']
+  const key = hash(compiler, flags.join(' '), shared, readFileSync(source, 'utf8'))
+  const ptx = join(cache, `${family}-${key}.ptx`)
+  if (!existsSync(ptx)) {
+    const raw = `${ptx}.${process.pid}.raw`
+    await limit(() => run(values.nvcc, [...flags, source, '-o', raw], { maxBuffer: 1 << 26 }))
+    const text = readFileSync(raw, 'utf8')
+    rmSync(raw)
+    // A hint to the optimizer, which only PTX 8.3 knows.
+    const plain = text.replace(/^\s*\.pragma "used_bytes_mask [^"]*";\n/gm, '')
+    write(ptx, relabel(plain, await lowestVersion(plain, ptx)))
+  }
+  const text = readFileSync(ptx, 'utf8')
+  const version = /^\.version (\d+)\.(\d+)$/m.exec(text)
+  const usage = {}
+  const cubins = await Promise.all(
+    targets.map(async target => {
+      const cubin = join(cache, `${family}-${hash(compiler, text)}.sm_${target}.cubin`)
+      if (!existsSync(cubin) || !existsSync(`${cubin}.txt`)) {
+        const labelled = relabel(text, newer(`${version[1]}.${version[2]}`, VERSION_OF_TARGET[target]))
+        write(`${cubin}.txt`, await assemble(labelled, target, cubin))
+      }
+      return { target, file: cubin, said: readFileSync(`${cubin}.txt`, 'utf8') }
+    }),
+  )
+  for (const { target, said } of cubins)
+    for (const [kernel, numbers] of Object.entries(usageOf(said))) {
+      usage[kernel] ??= {}
+      usage[kernel][`sm_${target}`] = numbers
+    }
+  const sorted = Object.fromEntries(Object.entries(usage).sort(([a], [b]) => (a < b ? -1 : 1)))
+  const [major, minor] = [Number(version[1]), Number(version[2])]
+  return { family, ptx, version: major * 10 + minor, cubins, usage: sorted, entries: entriesOf(text) }
+}
+
+async function lowestVersion(text, ptx) {
+  let refusal
+  for (const version of PTX_VERSIONS) {
+    try {
+      await assemble(relabel(text, version), 80, `${ptx}.probe`)
+      rmSync(`${ptx}.probe`, { force: true })
+      return version
+    } catch (error) {
+      refusal = error
+    }
+  }
+  throw refusal
+}
+
+/** Assembles PTX and returns what ptxas reports. */
+async function assemble(text, target, file) {
+  const input = `${file}.${process.pid}.ptx`
+  writeFileSync(input, text)
+  try {
+    const args = ['-v', '-O3', `-arch=sm_${target}`, input, '-o', `${file}.${process.pid}`]
+    const { stdout, stderr } = await limit(() => run(ptxas, args, { maxBuffer: 1 << 26 }))
+    renameSync(`${file}.${process.pid}`, file)
+    return stdout + stderr
+  } finally {
+    rmSync(input, { force: true })
+  }
+}
+
+/** { kernel: { registers, spills, stack, shared } } of what `ptxas -v` printed. Bytes, but for registers. */
+function usageOf(said) {
+  const usage = {}
+  let kernel
+  let memory
+  for (const line of said.split('\n')) {
+    kernel = /Compiling entry function '(\w+)'/.exec(line)?.[1] ?? kernel
+    const properties = /Function properties for (\w+)/.exec(line)?.[1]
+    if (properties !== undefined) memory = { of: properties }
+    const frame = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(line)
+    if (frame && memory?.stack === undefined)
+      memory = { stack: Number(frame[1]), spills: Number(frame[2]) + Number(frame[3]) }
+    const registers = /Used (\d+) registers/.exec(line)?.[1]
+    if (registers !== undefined && kernel !== undefined) {
+      const shared = Number(/(\d+) bytes smem/.exec(line)?.[1] ?? 0)
+      usage[kernel] = {
+        registers: Number(registers),
+        spills: memory?.spills ?? 0,
+        stack: memory?.stack ?? 0,
+        shared,
+      }
+      kernel = undefined
+      memory = undefined
+    }
+  }
+  return usage
+}
+
+/** [{ name, bytes }]: each kernel takes one struct, whose size PTX declares. */
+function entriesOf(text) {
+  return [...text.matchAll(/^\.visible \.entry (\w+)\(([^)]*)\)/gm)].map(([, name, params]) => {
+    const sizes = [...params.matchAll(/\.param \.align \d+ \.b8 \w+\[(\d+)\]/g)]
+    if (sizes.length !== 1 || params.split('.param').length !== 2)
+      fail(`expected one struct as the parameter of kernel ${name} but found (${params.trim()})`)
+    return { name, bytes: Number(sizes[0][1]) }
+  })
+}
+
+/** A translation unit that holds every image as bytes, and the tables over them. */
+function embed(modules) {
+  const blobs = []
+  const rows = []
+  const entries = []
+  for (const { family, ptx, version, cubins, entries: kernels } of modules) {
+    const images = [...cubins.map(({ target, file }) => [target, file]), [0, ptx]]
+    for (const [target, file] of images) {
+      const symbol = `mgm_image_${family}_${target || 'ptx'}`
+      blobs.push(
+        `asm(".pushsection .rodata\\n.balign 64\\n.global ${symbol}, ${symbol}_end\\n.hidden ${symbol}, ${symbol}_end\\n"`,
+        `    "${symbol}:\\n.incbin \\"${file}\\"\\n${symbol}_end:\\n.byte 0\\n.popsection\\n");`,
+        `extern "C" const unsigned char ${symbol}[], ${symbol}_end[];`,
+      )
+      rows.push(`    {"${family}", ${target}, ${version}, ${symbol}, ${symbol}_end},`)
+    }
+    for (const { name, bytes } of kernels) entries.push(`    {"${family}", "${name}", ${bytes}},`)
+  }
+  return [
+    '// Written by scripts/build-kernels.mjs.',
+    '#include "cuda/images.h"',
+    ...blobs,
+    'namespace mgm::cuda {',
+    `static const Image kImages[] = {`,
+    ...rows,
+    '};',
+    'static const KernelEntry kEntries[] = {',
+    ...entries,
+    '};',
+    'std::span<const Image> images() { return kImages; }',
+    'std::span<const KernelEntry> kernel_entries() { return kEntries; }',
+    '}  // namespace mgm::cuda',
+    '',
+  ].join('\n')
+}
+
+function relabel(text, version) {
+  return text.replace(/^\.version .*$/m, `.version ${version}`)
+}
+
+function newer(a, b) {
+  return b !== undefined && Number(b) > Number(a) ? b : a
+}
+
+function hash(...parts) {
+  return createHash('sha256').update(parts.join('\0')).digest('hex').slice(0, 20)
+}
+
+/** Writes only what differs, so that make sees no change where there is none; readers never see half a file. */
+function write(file, text) {
+  if (existsSync(file) && readFileSync(file, 'utf8') === text) return
+  writeFileSync(`${file}.${process.pid}`, text)
+  renameSync(`${file}.${process.pid}`, file)
+}
+
+function tool(name) {
+  try {
+    return execFileSync(name, ['--version'], { encoding: 'utf8' })
+  } catch (error) {
+    return fail(`${name} does not run: ${error.message}`)
+  }
+}
+
+/** `name` beside `file`, else the one on the PATH. */
+function sibling(file, name) {
+  const beside = join(dirname(file), name)
+  return existsSync(beside) ? beside : name
+}
+
+/** Runs at most `count` of the functions given to it at once. */
+function gate(count) {
+  let running = 0
+  const queue = []
+  return async body => {
+    if (running >= count) await new Promise(resolve => queue.push(resolve))
+    running++
+    try {
+      return await body()
+    } finally {
+      running--
+      queue.shift()?.()
+    }
+  }
+}
+
+function fail(message) {
+  console.error(`build-kernels: ${message}`)
+  process.exit(1)
+}

@@ -1,0 +1,3 @@
+import { cudaSuite } from './suite.ts'
+
+cudaSuite('1')

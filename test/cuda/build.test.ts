@@ -1,0 +1,107 @@
+import { execFileSync, spawnSync } from 'node:child_process'
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+import { readElf } from '../packaging/elf.ts'
+import { root } from './helpers.ts'
+
+const addon = join(root, 'build', 'native', 'Release', 'mgm.node')
+const hasNvcc = spawnSync('nvcc', ['--version']).error === undefined
+const folder = mkdtempSync(join(tmpdir(), 'mgm-cuda-'))
+afterAll(() => rmSync(folder, { recursive: true }))
+
+interface Usage {
+  registers: number
+  spills: number
+  stack: number
+  shared: number
+}
+type Table = Record<string, Record<string, Record<string, Usage>>>
+
+describe.skipIf(!hasNvcc)('the kernels', () => {
+  let built: Table
+  beforeAll(() => {
+    // ptxas assembles the shipped PTX for all six targets, or this throws.
+    const { MGM_CUDA_ARCHS: _, ...env } = process.env
+    execFileSync(process.execPath, [join(root, 'scripts', 'build-kernels.mjs'), '--out', folder], { env })
+    built = JSON.parse(readFileSync(join(folder, 'registers.json'), 'utf8'))
+  }, 300_000)
+
+  it('assemble for every target, with the registers and memory that the table says', () => {
+    const table = JSON.parse(readFileSync(join(root, 'native', 'cuda', 'registers.json'), 'utf8'))
+    // On purpose only: node scripts/build-kernels.mjs --update-registers
+    expect(built).toEqual(table)
+    for (const kernels of Object.values(built))
+      for (const targets of Object.values(kernels))
+        expect(Object.keys(targets).sort()).toEqual(
+          ['sm_80', 'sm_86', 'sm_89', 'sm_90', 'sm_100', 'sm_120'].sort(),
+        )
+  })
+
+  it('spill nothing', () => {
+    const spilling = Object.values(built)
+      .flatMap(Object.entries)
+      .flatMap(([kernel, targets]) =>
+        Object.entries(targets as Record<string, Usage>)
+          .filter(([, usage]) => usage.spills > 0)
+          .map(([target]) => `${kernel} on ${target}`),
+      )
+    expect(spilling).toEqual([])
+  })
+
+  it('are PTX 7.0 for sm_80, which every driver of CUDA 11.4 and later loads', () => {
+    const images = readFileSync(join(folder, 'images.cpp'), 'utf8')
+    const versions = [...images.matchAll(/\{"(\w+)", 0, (\d+),/g)].map(([, family, version]) => [
+      family,
+      version,
+    ])
+    expect(versions.length).toBe(Object.keys(built).length)
+    expect(versions.filter(([, version]) => version !== '70')).toEqual([])
+  })
+})
+
+describe('the addon', () => {
+  it('links no CUDA library', () => {
+    expect(readElf(addon).needed.filter(name => /cuda|nv/i.test(name))).toEqual([])
+  })
+
+  /** What opening a GPU says in a fresh process with this driver library. */
+  const openWith = (library: string) =>
+    execFileSync(
+      process.execPath,
+      [
+        '-e',
+        `const native = require(${JSON.stringify(addon)})
+         try { native.openCuda({ index: 0, memoryLimit: 0 }); console.log('opened') }
+         catch (error) { console.log(error.code + ' ' + error.message) }`,
+      ],
+      { env: { ...process.env, MGM_LIBCUDA: library }, encoding: 'utf8' },
+    )
+  const hasCuda = !/compiled without nvcc/.test(openWith('/nowhere/libcuda.so.1'))
+
+  it.skipIf(!hasCuda)('says that there is no driver', () => {
+    expect(openWith('/nowhere/libcuda.so.1')).toMatch(
+      /^DEVICE_UNAVAILABLE the NVIDIA driver's library could not be opened \(.*nowhere.*MGM_LIBCUDA/,
+    )
+    expect(openWith('libm.so.6')).toMatch(/^DEVICE_UNAVAILABLE libm.so.6 is not a CUDA driver/)
+  })
+
+  it.skipIf(!hasCuda || spawnSync('cc', ['--version']).error !== undefined)(
+    'says which driver it found and which it needs',
+    () => {
+      const compile = (name: string, code: string) => {
+        const [source, library] = [join(folder, `${name}.c`), join(folder, `${name}.so`)]
+        writeFileSync(source, code)
+        execFileSync('cc', ['-shared', '-fPIC', '-o', library, source])
+        return library
+      }
+      expect(openWith(compile('old', 'int cuDriverGetVersion(int* v) { *v = 11020; return 0; }'))).toMatch(
+        /^DEVICE_UNAVAILABLE expected a driver for CUDA 11\.4 or newer but found CUDA 11\.2/,
+      )
+      expect(
+        openWith(compile('partial', 'int cuDriverGetVersion(int* v) { *v = 12040; return 0; }')),
+      ).toMatch(/^DEVICE_UNAVAILABLE .*partial\.so \(CUDA 12\.4\) lacks cuInit/)
+    },
+  )
+})
