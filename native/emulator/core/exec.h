@@ -159,8 +159,9 @@ struct Warp {
   uint32_t join(const Inst& in, uint32_t mask, int lane, uint32_t named, const char* what, bool* ready);
 
   // Memory. `kind`: 1 read, 2 write, 3 both.
-  std::byte* at(const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, int kind);
-  std::byte* at_shared(const Inst& in, int lane, uint64_t offset, uint32_t bytes, int kind, bool atomic = false);
+  std::byte* at(const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, int kind, const std::byte* value = nullptr);
+  std::byte* at_shared(const Inst& in, int lane, uint64_t offset, uint32_t bytes, int kind, bool atomic = false,
+                       const std::byte* value = nullptr);  // value: what a plain store is about to write
   std::byte* at_global(const Inst& in, int lane, uint64_t address, uint32_t bytes, int kind, uint8_t** init = nullptr);
   void count_access(const Inst& in, Space space, uint32_t mask, const uint64_t* address, uint32_t bytes);
   void land(uint32_t mask, uint32_t keep, bool all);

@@ -40,7 +40,8 @@ std::byte* Warp::at_global(const Inst& in, int lane, uint64_t address, uint32_t 
   return a->data + offset;
 }
 
-std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t bytes, int kind, bool atomic) {
+std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t bytes, int kind, bool atomic,
+                           const std::byte* value) {
   Block& b = *block;
   if (offset > b.shared_bytes || bytes > b.shared_bytes - offset)
     fail(in, lane, ReportKind::out_of_bounds, 700, std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at shared address " + hex(offset) + "; the block has " + std::to_string(b.shared_bytes) + " bytes", offset);
@@ -79,7 +80,9 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
       bool same_warp = (cell.writer >> 5 & 31) == static_cast<uint64_t>(index);
       if (kind & 1)
         race("read after write", cell.writer, cell.line);
-      else if (!same_warp)  // lanes of one store to one place: one of them wins, as documented
+      // Lanes of one store to one place: one of them wins, as documented. Threads that write the same value, as
+      // compilers let them do for replicated data, change nothing: racecheck counts that as information only.
+      else if (!same_warp && !(value && std::memcmp(value, &b.shared[offset], bytes) == 0))
         race("write after write", cell.writer, cell.line);
     }
     if (kind & 2) {
@@ -97,7 +100,8 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
   return &b.shared[offset];
 }
 
-std::byte* Warp::at(const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, int kind) {
+std::byte* Warp::at(const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, int kind,
+                    const std::byte* value) {
   if (address & (bytes - 1))
     fail(in, lane, ReportKind::misaligned, 716, "access of " + std::to_string(bytes) + " bytes at " + hex(address), address);
   if (space == Space::generic) {
@@ -109,7 +113,7 @@ std::byte* Warp::at(const Inst& in, int lane, Space space, uint64_t address, uin
     }
   }
   switch (space) {
-    case Space::shared: return at_shared(in, lane, address, bytes, kind, in.flag & 2);
+    case Space::shared: return at_shared(in, lane, address, bytes, kind, in.flag & 2, value);
     case Space::local:
     local:
       if (address > kernel->local_bytes || bytes > kernel->local_bytes - address)
@@ -240,11 +244,12 @@ void store(Warp& w, const Inst& in, uint32_t m) {
   });
   if (w.block->launch->options.counters && in.space != Space::param && in.space != Space::local) w.count_access(in, in.space, m, address, total);
   each_lane(m, [&](int i) {
-    std::byte* p = w.at(in, i, in.space, address[i], total, 2);
+    std::byte data[32];
     for (int k = 0; k < in.vec; ++k) {
       uint64_t v = w.value(in, k + 1, i);
-      std::memcpy(p + k * in.bytes, &v, in.bytes);
+      std::memcpy(data + k * in.bytes, &v, in.bytes);
     }
+    std::memcpy(w.at(in, i, in.space, address[i], total, 2, data), data, total);
   });
 }
 
@@ -401,7 +406,9 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     if (vec == 8 || bytes * vec > 16) d.require(88, 100, "a 256-bit access");
     d.operands(hint ? 3 : 2);
     if (hint) hint_operand(d, 2);
-    const Operand &a = d.operand(st ? 0 : 1), &v0 = d.operand(st ? 1 : 0);
+    const Operand &a = d.operand(st ? 0 : 1), &given = d.operand(st ? 1 : 0);
+    // ptxas takes braces around a single register too.
+    const Operand& v0 = vec == 1 && given.kind == Operand::vector && given.items.size() == 1 ? given.items[0] : given;
     if ((v0.kind == Operand::vector) != (vec > 1) || (vec > 1 && v0.items.size() != static_cast<size_t>(vec))) d.fail("the operand does not match the vector length");
     int64_t imm;
     Shape base = d.address(a, &space, &imm);
