@@ -34,7 +34,9 @@ std::string Mods::all() const {
   for (const std::string& p : in_.parts) t += "." + p;
   return t;
 }
-void Mods::fail(const std::string& message) const { throw PtxError(in_.line, message + " in '" + all() + "'"); }
+void Mods::fail(const std::string& message) const {
+  throw PtxError(in_.line, message + " in '" + all() + "'");
+}
 void Mods::finish() const {
   if (!left_.empty()) fail("unknown modifier '." + left_.front() + "'");
 }
@@ -46,15 +48,18 @@ void Decoder::fail(const std::string& message) const {
 }
 void Decoder::require(int version, int target, const char* what) const {
   if (module_.version < version || module_.target < target)
-    fail(std::string(what) + " needs .version " + std::to_string(version / 10) + "." + std::to_string(version % 10) +
-         " and sm_" + std::to_string(target) + " but the module has .version " + std::to_string(module_.version / 10) +
-         "." + std::to_string(module_.version % 10) + " and sm_" + std::to_string(module_.target));
+    fail(std::string(what) + " needs .version " + std::to_string(version / 10) + "." +
+         std::to_string(version % 10) + " and sm_" + std::to_string(target) +
+         " but the module has .version " + std::to_string(module_.version / 10) + "." +
+         std::to_string(module_.version % 10) + " and sm_" + std::to_string(module_.target));
 }
 const Operand& Decoder::operand(size_t i) const {
   if (i >= now->operands.size()) fail("expected at least " + std::to_string(i + 1) + " operands");
   return now->operands[i];
 }
-void Decoder::operands(size_t n) const { operands(n, n); }
+void Decoder::operands(size_t n) const {
+  operands(n, n);
+}
 void Decoder::operands(size_t least, size_t most) const {
   size_t n = now->operands.size();
   if (n < least || n > most)
@@ -66,7 +71,9 @@ int32_t Decoder::new_reg(int bytes) {
   reg_bytes_.push_back(static_cast<uint8_t>(bytes));
   return static_cast<int32_t>(reg_bytes_.size()) - 1;
 }
-Shape Decoder::scratch(int bytes) { return {new_reg(bytes), static_cast<uint8_t>(bytes)}; }  // 0: a predicate
+Shape Decoder::scratch(int bytes) {
+  return {new_reg(bytes), static_cast<uint8_t>(bytes)};
+}  // 0: a predicate
 
 Shape Decoder::constant(uint64_t value, int bytes) {
   auto key = std::make_pair(value, bytes);
@@ -74,23 +81,39 @@ Shape Decoder::constant(uint64_t value, int bytes) {
   if (it == pooled_.end()) {
     size_t at = (k_.pool.size() + 63) / 64 * 64;
     k_.pool.resize(at + 32 * static_cast<size_t>(bytes));
-    for (int i = 0; i < 32; ++i) std::memcpy(&k_.pool[at + static_cast<size_t>(i * bytes)], &value, static_cast<size_t>(bytes));
+    for (int i = 0; i < 32; ++i)
+      std::memcpy(&k_.pool[at + static_cast<size_t>(i * bytes)], &value, static_cast<size_t>(bytes));
     it = pooled_.emplace(key, ~static_cast<int32_t>(at)).first;
   }
   return {it->second, static_cast<uint8_t>(bytes)};
 }
 
 bool Decoder::special(const std::string& name, Shape* shape) {
-  static const std::map<std::string, SpecialRegister> names = {
-      {"%tid.x", tid_x},         {"%tid.y", tid_y},         {"%tid.z", tid_z},
-      {"%ntid.x", ntid_x},       {"%ntid.y", ntid_y},       {"%ntid.z", ntid_z},
-      {"%ctaid.x", ctaid_x},     {"%ctaid.y", ctaid_y},     {"%ctaid.z", ctaid_z},
-      {"%nctaid.x", nctaid_x},   {"%nctaid.y", nctaid_y},   {"%nctaid.z", nctaid_z},
-      {"%laneid", laneid},       {"%warpid", warpid},       {"%nwarpid", nwarpid},
-      {"%smid", smid},           {"%nsmid", nsmid},         {"%gridid", gridid},
-      {"%lanemask_eq", lanemask_eq}, {"%lanemask_lt", lanemask_lt}, {"%lanemask_le", lanemask_le},
-      {"%lanemask_gt", lanemask_gt}, {"%lanemask_ge", lanemask_ge},
-      {"%dynamic_smem_size", dynamic_smem_size}, {"%total_smem_size", total_smem_size}};
+  static const std::map<std::string, SpecialRegister> names = {{"%tid.x", tid_x},
+                                                               {"%tid.y", tid_y},
+                                                               {"%tid.z", tid_z},
+                                                               {"%ntid.x", ntid_x},
+                                                               {"%ntid.y", ntid_y},
+                                                               {"%ntid.z", ntid_z},
+                                                               {"%ctaid.x", ctaid_x},
+                                                               {"%ctaid.y", ctaid_y},
+                                                               {"%ctaid.z", ctaid_z},
+                                                               {"%nctaid.x", nctaid_x},
+                                                               {"%nctaid.y", nctaid_y},
+                                                               {"%nctaid.z", nctaid_z},
+                                                               {"%laneid", laneid},
+                                                               {"%warpid", warpid},
+                                                               {"%nwarpid", nwarpid},
+                                                               {"%smid", smid},
+                                                               {"%nsmid", nsmid},
+                                                               {"%gridid", gridid},
+                                                               {"%lanemask_eq", lanemask_eq},
+                                                               {"%lanemask_lt", lanemask_lt},
+                                                               {"%lanemask_le", lanemask_le},
+                                                               {"%lanemask_gt", lanemask_gt},
+                                                               {"%lanemask_ge", lanemask_ge},
+                                                               {"%dynamic_smem_size", dynamic_smem_size},
+                                                               {"%total_smem_size", total_smem_size}};
   auto it = names.find(name);
   if (it == names.end()) return false;
   auto [at, fresh] = specials_.try_emplace(it->second, 0);
@@ -108,11 +131,13 @@ Decoder::Symbol* Decoder::find(std::string_view name) {
     if (digits < name.size()) {
       if (auto it = scope.prefixes.find(name.substr(0, digits)); it != scope.prefixes.end()) {
         std::string number(name.substr(digits));
-        if (number.size() < 8 && std::atoi(number.c_str()) < it->second.first && (number == "0" || number[0] != '0')) {
+        if (number.size() < 8 && std::atoi(number.c_str()) < it->second.first &&
+            (number == "0" || number[0] != '0')) {
           Symbol s{};
           s.kind = Symbol::reg;
           s.predicate = it->second.second == "pred";
-          s.width = s.predicate ? 0 : static_cast<uint8_t>(std::max<size_t>(2, type_bytes(it->second.second, 0)));
+          s.width =
+              s.predicate ? 0 : static_cast<uint8_t>(std::max<size_t>(2, type_bytes(it->second.second, 0)));
           s.id = new_reg(s.width);
           return &scope.names.emplace(std::string(name), s).first->second;
         }
@@ -152,7 +177,8 @@ uint64_t Decoder::place_shared(const Variable& v) {
   k_.static_shared = (k_.static_shared + v.align - 1) / v.align * v.align;
   uint64_t at = k_.static_shared;
   k_.static_shared += v.bytes();
-  if (k_.static_shared > (size_t{1} << 24)) throw PtxError(v.line, "too much shared memory: '" + v.name + "'");
+  if (k_.static_shared > (size_t{1} << 24))
+    throw PtxError(v.line, "too much shared memory: '" + v.name + "'");
   return at;
 }
 uint64_t Decoder::place_local(const Variable& v) {
@@ -179,7 +205,8 @@ void Decoder::declare(const Variable& v) {
       s.offset = place_local(v);
       break;
     default:
-      throw PtxError(v.line, "variables of this state space inside a function are not supported: '" + v.name + "'");
+      throw PtxError(v.line,
+                     "variables of this state space inside a function are not supported: '" + v.name + "'");
   }
   scopes_.back().names[v.name] = s;
 }
@@ -188,9 +215,11 @@ Shape Decoder::out(const Operand& o, int bytes) {
   if (o.kind != Operand::name || o.value || !o.second.empty()) fail("expected a register to write to");
   if (o.text == "_") return scratch(bytes ? bytes : 8);
   Symbol* s = find_or_fail(o.text);
-  if (s->kind != Symbol::reg || s->predicate) fail("expected a register to write to but received '" + o.text + "'");
+  if (s->kind != Symbol::reg || s->predicate)
+    fail("expected a register to write to but received '" + o.text + "'");
   if (bytes && s->width != bytes)
-    fail("expected a register of " + std::to_string(8 * bytes) + " bits but '" + o.text + "' has " + std::to_string(8 * s->width));
+    fail("expected a register of " + std::to_string(8 * bytes) + " bits but '" + o.text + "' has " +
+         std::to_string(8 * s->width));
   return {s->id, s->width};
 }
 
@@ -202,12 +231,17 @@ Shape Decoder::in(const Operand& o, std::string_view type) {
     case Operand::integer:
       if (f && o.value) {
         double d = static_cast<double>(o.value);
-        return type == "f64" ? constant(bits_as<uint64_t>(d), 8) : constant(bits_as<uint32_t>(static_cast<float>(d)), 4);
+        return type == "f64" ? constant(bits_as<uint64_t>(d), 8)
+                             : constant(bits_as<uint32_t>(static_cast<float>(d)), 4);
       }
       if (bytes == 0) bytes = 8;
-      return constant(bytes == 8 ? static_cast<uint64_t>(o.value) : static_cast<uint64_t>(o.value) & ((uint64_t{1} << (8 * bytes)) - 1), bytes);
+      return constant(bytes == 8 ? static_cast<uint64_t>(o.value)
+                                 : static_cast<uint64_t>(o.value) & ((uint64_t{1} << (8 * bytes)) - 1),
+                      bytes);
     case Operand::real32:
-      if (type == "f64") return constant(bits_as<uint64_t>(static_cast<double>(bits_as<float>(static_cast<uint32_t>(o.value)))), 8);
+      if (type == "f64")
+        return constant(
+            bits_as<uint64_t>(static_cast<double>(bits_as<float>(static_cast<uint32_t>(o.value)))), 8);
       if (bytes != 4) fail("a 32-bit constant does not fit the type");
       return constant(static_cast<uint64_t>(o.value), 4);
     case Operand::real64:
@@ -224,14 +258,16 @@ Shape Decoder::in(const Operand& o, std::string_view type) {
   if (o.text == "WARP_SZ") return constant(32, bytes ? bytes : 4);
   if (special(o.text, &shape)) {
     // 32-bit special registers may be read as 64 or 16 bits too.
-    if (bytes && shape.width != bytes) fail("expected a type of " + std::to_string(8 * shape.width) + " bits for '" + o.text + "'");
+    if (bytes && shape.width != bytes)
+      fail("expected a type of " + std::to_string(8 * shape.width) + " bits for '" + o.text + "'");
     return shape;
   }
   Symbol* s = find_or_fail(o.text);
   if (s->kind == Symbol::reg) {
     if (s->predicate) fail("'" + o.text + "' is a predicate");
     if (bytes && s->width != bytes)
-      fail("expected a register of " + std::to_string(8 * bytes) + " bits but '" + o.text + "' has " + std::to_string(8 * s->width));
+      fail("expected a register of " + std::to_string(8 * bytes) + " bits but '" + o.text + "' has " +
+           std::to_string(8 * s->width));
     return {s->id, s->width};
   }
   if (bytes != 4 && bytes != 8) fail("the address of '" + o.text + "' needs 32 or 64 bits");
@@ -293,22 +329,29 @@ Shape Decoder::address(const Operand& o, Space* space, int64_t* imm) {
       n.text = o.text;
       return in(n, "u64");
     }
-    case Symbol::local: needs(Space::local, "local"); break;
-    case Symbol::param: needs(Space::param, "parameter"); break;
+    case Symbol::local:
+      needs(Space::local, "local");
+      break;
+    case Symbol::param:
+      needs(Space::param, "parameter");
+      break;
     case Symbol::call_param:
       needs(Space::param, "parameter");
       *space = Space::local;
       break;
     default:
-      if (*space != Space::global && *space != Space::constant && *space != Space::generic) fail("'" + o.text + "' is in global memory");
+      if (*space != Space::global && *space != Space::constant && *space != Space::generic)
+        fail("'" + o.text + "' is in global memory");
   }
   return constant(s->offset, 8);
 }
 
-Inst& Decoder::emit(Handler fn, const char* klass, std::initializer_list<Shape> outputs, std::initializer_list<Shape> inputs) {
+Inst& Decoder::emit(Handler fn, const char* klass, std::initializer_list<Shape> outputs,
+                    std::initializer_list<Shape> inputs) {
   return emit(fn, klass, std::vector<Shape>(outputs), std::vector<Shape>(inputs));
 }
-Inst& Decoder::emit(Handler fn, const char* klass, const std::vector<Shape>& outputs, const std::vector<Shape>& inputs) {
+Inst& Decoder::emit(Handler fn, const char* klass, const std::vector<Shape>& outputs,
+                    const std::vector<Shape>& inputs) {
   if (outputs.size() + inputs.size() > 16) fail("too many operands");
   Inst in;
   for (int32_t& o : in.o) o = kNone;
@@ -411,7 +454,8 @@ void Decoder::body(const Function& f) {
         instruction(s.inst);
         break;
     }
-    if (k_.code.size() > 4000000) throw PtxError(s.line, "function '" + f.name + "' is too large once inlined");
+    if (k_.code.size() > 4000000)
+      throw PtxError(s.line, "function '" + f.name + "' is too large once inlined");
   }
   now = outer;
 }
@@ -419,14 +463,13 @@ void Decoder::body(const Function& f) {
 void Decoder::instruction(const Instruction& s) {
   now = &s;
   if (s.opcode == "call") return call(s);
-  if (decode_integer(*this, s) || decode_float(*this, s) || decode_convert(*this, s) || decode_memory(*this, s) ||
-      decode_warp(*this, s) || decode_matrix(*this, s))
+  if (decode_integer(*this, s) || decode_float(*this, s) || decode_convert(*this, s) ||
+      decode_memory(*this, s) || decode_warp(*this, s) || decode_matrix(*this, s))
     return;
   std::string t = s.opcode;
   for (const std::string& p : s.parts) t += "." + p;
   throw PtxError(s.line, "unknown opcode '" + s.opcode + "' in '" + t + "'");
 }
-
 
 void Decoder::call(const Instruction& s) {
   for (const std::string& p : s.parts)
@@ -441,10 +484,12 @@ void Decoder::call(const Instruction& s) {
     if (g.name == name && (!f || g.defined)) f = &g;
   if (!f) fail("indirect calls are not supported; unknown function '" + name + "'");
   if (args.size() != f->params.size() || returns.size() != f->returns.size())
-    fail("expected " + std::to_string(f->params.size()) + " arguments for '" + name + "' but received " + std::to_string(args.size()));
+    fail("expected " + std::to_string(f->params.size()) + " arguments for '" + name + "' but received " +
+         std::to_string(args.size()));
   auto param = [&](const Operand& o) {
     Symbol* p = o.kind == Operand::name ? find_or_fail(o.text) : nullptr;
-    if (!p || p->kind != Symbol::call_param) fail("expected a .param variable for the call of '" + name + "'");
+    if (!p || p->kind != Symbol::call_param)
+      fail("expected a .param variable for the call of '" + name + "'");
     return *p;
   };
   std::vector<std::pair<std::string, Symbol>> bound;
@@ -459,7 +504,8 @@ void Decoder::call(const Instruction& s) {
     emit(h, "call", std::vector<Shape>{}, in);
     return;
   }
-  if (std::find(stack_.begin(), stack_.end(), name) != stack_.end()) fail("recursion is not supported: '" + name + "'");
+  if (std::find(stack_.begin(), stack_.end(), name) != stack_.end())
+    fail("recursion is not supported: '" + name + "'");
   // Guarded call: the lanes that do not take part branch around it.
   int end = static_cast<int>(labels_.size());
   labels_.push_back(-1);
@@ -479,7 +525,6 @@ void Decoder::call(const Instruction& s) {
   stack_.pop_back();
   labels_[static_cast<size_t>(end)] = static_cast<int32_t>(k_.code.size());
 }
-
 
 Kernel Decoder::kernel(const Function& f) {
   k_ = Kernel{};
@@ -501,7 +546,9 @@ Kernel Decoder::kernel(const Function& f) {
     offset += p.bytes();
   }
   k_.info.param_bytes = offset;
-  if (offset > (module_.target >= 70 && module_.version >= 81 ? 32764u : 4352u)) throw PtxError(f.line, "parameters of '" + f.name + "' take " + std::to_string(offset) + " bytes; the limit is 4096");
+  if (offset > (module_.target >= 70 && module_.version >= 81 ? 32764u : 4352u))
+    throw PtxError(f.line, "parameters of '" + f.name + "' take " + std::to_string(offset) +
+                               " bytes; the limit is 4096");
   stack_.push_back(f.name);
   body(f);
   here.line = k_.code.empty() ? f.line : k_.code.back().line;
@@ -539,7 +586,9 @@ Kernel Decoder::kernel(const Function& f) {
   allocate_registers();
   k_.info.static_shared = k_.static_shared;
   k_.info.local_bytes = k_.local_bytes;
-  k_.info.max_threads = f.max_threads ? f.max_threads : f.has_required ? f.required[0] * f.required[1] * f.required[2] : spec_.max_threads_per_block;
+  k_.info.max_threads = f.max_threads    ? f.max_threads
+                        : f.has_required ? f.required[0] * f.required[1] * f.required[2]
+                                         : spec_.max_threads_per_block;
   k_.info.max_threads = std::min(k_.info.max_threads, spec_.max_threads_per_block);
   k_.info.ptx_version = module_.version;
   k_.info.target = module_.target;
@@ -553,7 +602,6 @@ Kernel Decoder::kernel(const Function& f) {
 // Linear scan over live intervals, so that a warp's registers stay in cache. A lane's liveness follows that
 // lane's own path, so the usual analysis holds for diverged warps too: lanes never share storage.
 void Decoder::allocate_registers() {
-
   const size_t n = k_.code.size(), regs = reg_bytes_.size(), words = (regs + 63) / 64;
   // Blocks.
   std::vector<char> leader(n + 1, 0);
@@ -577,7 +625,8 @@ void Decoder::allocate_registers() {
   size_t blocks = begin.size();
   begin.push_back(n);
   using Set = std::vector<uint64_t>;
-  std::vector<Set> use(blocks, Set(words)), def(blocks, Set(words)), live_in(blocks, Set(words)), live_out(blocks, Set(words));
+  std::vector<Set> use(blocks, Set(words)), def(blocks, Set(words)), live_in(blocks, Set(words)),
+      live_out(blocks, Set(words));
   auto test = [](const Set& s, int32_t r) { return s[static_cast<size_t>(r) / 64] >> (r % 64) & 1; };
   auto add = [](Set& s, int32_t r) { s[static_cast<size_t>(r) / 64] |= uint64_t{1} << (r % 64); };
   for (size_t b = 0; b < blocks; ++b)
@@ -627,8 +676,10 @@ void Decoder::allocate_registers() {
   };
   for (size_t b = 0; b < blocks; ++b)
     for (size_t k = 0; k < words; ++k) {
-      for (uint64_t v = live_in[b][k]; v; v &= v - 1) touch(static_cast<int32_t>(64 * k) + __builtin_ctzll(v), begin[b]);
-      for (uint64_t v = live_out[b][k]; v; v &= v - 1) touch(static_cast<int32_t>(64 * k) + __builtin_ctzll(v), begin[b + 1] - 1);
+      for (uint64_t v = live_in[b][k]; v; v &= v - 1)
+        touch(static_cast<int32_t>(64 * k) + __builtin_ctzll(v), begin[b]);
+      for (uint64_t v = live_out[b][k]; v; v &= v - 1)
+        touch(static_cast<int32_t>(64 * k) + __builtin_ctzll(v), begin[b + 1] - 1);
     }
   for (size_t i = 0; i < n; ++i) {
     const Inst& in = k_.code[i];
@@ -643,7 +694,9 @@ void Decoder::allocate_registers() {
   std::vector<int32_t> order, offset(regs, kNone);
   for (size_t r = 0; r < regs; ++r)
     if (last[r] >= 0) order.push_back(static_cast<int32_t>(r));
-  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return std::tuple(first[static_cast<size_t>(a)], a) < std::tuple(first[static_cast<size_t>(b)], b); });
+  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    return std::tuple(first[static_cast<size_t>(a)], a) < std::tuple(first[static_cast<size_t>(b)], b);
+  });
   std::map<int, std::vector<int32_t>> free_slots;
   std::multimap<int, int32_t> ends;
   int live_words = 0, most = 0;
@@ -653,7 +706,9 @@ void Decoder::allocate_registers() {
     while (!ends.empty() && ends.begin()->first < start) {
       int32_t old = ends.begin()->second;
       free_slots[reg_bytes_[static_cast<size_t>(old)]].push_back(offset[static_cast<size_t>(old)]);
-      live_words -= reg_bytes_[static_cast<size_t>(old)] == 8 ? 2 : reg_bytes_[static_cast<size_t>(old)] ? 1 : 0;
+      live_words -= reg_bytes_[static_cast<size_t>(old)] == 8 ? 2
+                    : reg_bytes_[static_cast<size_t>(old)]    ? 1
+                                                              : 0;
       ends.erase(ends.begin());
     }
     int bytes = reg_bytes_[static_cast<size_t>(r)];

@@ -1,8 +1,8 @@
 // The executor's view of a kernel: flat decoded instructions, warps of 32 lanes, blocks, launches.
 //
 // A register is an array of 32 lanes in the warp's register file (predicates: one 32-bit mask). An operand is
-// a byte offset into that file, or ~offset into the kernel's pool of constants, laid out in the same way, so a
-// handler never asks which of the two it got.
+// a byte offset into that file, or ~offset into the kernel's pool of constants, laid out in the same way, so
+// a handler never asks which of the two it got.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -47,9 +47,31 @@ struct Inst {
 };
 
 enum SpecialRegister : uint8_t {
-  tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x, nctaid_y, nctaid_z,
-  laneid, warpid, nwarpid, smid, nsmid, gridid, lanemask_eq, lanemask_lt, lanemask_le, lanemask_gt,
-  lanemask_ge, dynamic_smem_size, total_smem_size,
+  tid_x,
+  tid_y,
+  tid_z,
+  ntid_x,
+  ntid_y,
+  ntid_z,
+  ctaid_x,
+  ctaid_y,
+  ctaid_z,
+  nctaid_x,
+  nctaid_y,
+  nctaid_z,
+  laneid,
+  warpid,
+  nwarpid,
+  smid,
+  nsmid,
+  gridid,
+  lanemask_eq,
+  lanemask_lt,
+  lanemask_le,
+  lanemask_gt,
+  lanemask_ge,
+  dynamic_smem_size,
+  total_smem_size,
 };
 struct Special {
   int32_t reg;
@@ -128,19 +150,30 @@ struct Warp {
   uint64_t value(const Inst& in, int k, int lane) const {
     const uint8_t* p = src<uint8_t>(in.o[k]);
     switch (in.w[k]) {
-      case 1: return p[lane];
-      case 2: return reinterpret_cast<const uint16_t*>(p)[lane];
-      case 4: return reinterpret_cast<const uint32_t*>(p)[lane];
-      default: return reinterpret_cast<const uint64_t*>(p)[lane];
+      case 1:
+        return p[lane];
+      case 2:
+        return reinterpret_cast<const uint16_t*>(p)[lane];
+      case 4:
+        return reinterpret_cast<const uint32_t*>(p)[lane];
+      default:
+        return reinterpret_cast<const uint64_t*>(p)[lane];
     }
   }
   void set(const Inst& in, int k, int lane, uint64_t v) {
     uint8_t* p = dst<uint8_t>(in.o[k]);
     switch (in.w[k]) {
-      case 1: p[lane] = static_cast<uint8_t>(v); break;
-      case 2: reinterpret_cast<uint16_t*>(p)[lane] = static_cast<uint16_t>(v); break;
-      case 4: reinterpret_cast<uint32_t*>(p)[lane] = static_cast<uint32_t>(v); break;
-      default: reinterpret_cast<uint64_t*>(p)[lane] = v;
+      case 1:
+        p[lane] = static_cast<uint8_t>(v);
+        break;
+      case 2:
+        reinterpret_cast<uint16_t*>(p)[lane] = static_cast<uint16_t>(v);
+        break;
+      case 4:
+        reinterpret_cast<uint32_t*>(p)[lane] = static_cast<uint32_t>(v);
+        break;
+      default:
+        reinterpret_cast<uint64_t*>(p)[lane] = v;
     }
   }
   void set_predicate(int32_t o, uint32_t mask, uint32_t bits) {
@@ -159,10 +192,13 @@ struct Warp {
   uint32_t join(const Inst& in, uint32_t mask, int lane, uint32_t named, const char* what, bool* ready);
 
   // Memory. `kind`: 1 read, 2 write, 3 both.
-  std::byte* at(const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, int kind, const std::byte* value = nullptr);
-  std::byte* at_shared(const Inst& in, int lane, uint64_t offset, uint32_t bytes, int kind, bool atomic = false,
+  std::byte* at(const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, int kind,
+                const std::byte* value = nullptr);
+  std::byte* at_shared(const Inst& in, int lane, uint64_t offset, uint32_t bytes, int kind,
+                       bool atomic = false,
                        const std::byte* value = nullptr);  // value: what a plain store is about to write
-  std::byte* at_global(const Inst& in, int lane, uint64_t address, uint32_t bytes, int kind, uint8_t** init = nullptr);
+  std::byte* at_global(const Inst& in, int lane, uint64_t address, uint32_t bytes, int kind,
+                       uint8_t** init = nullptr);
   void count_access(const Inst& in, Space space, uint32_t mask, const uint64_t* address, uint32_t bytes);
   void land(uint32_t mask, uint32_t keep, bool all);
   void sync_memory();  // a warp-wide synchronisation: later accesses of other lanes are ordered after
@@ -275,10 +311,13 @@ class Decoder {
 
   // For the decoders of instruction families.
   const Instruction* now = nullptr;
-  Inst& emit(Handler fn, const char* klass, std::initializer_list<Shape> outputs, std::initializer_list<Shape> inputs);
-  Inst& emit(Handler fn, const char* klass, const std::vector<Shape>& outputs, const std::vector<Shape>& inputs);
-  Shape out(const Operand& o, int bytes);             // bytes 0: any register
-  Shape in(const Operand& o, std::string_view type);  // register of that width or constant; type "" = any register
+  Inst& emit(Handler fn, const char* klass, std::initializer_list<Shape> outputs,
+             std::initializer_list<Shape> inputs);
+  Inst& emit(Handler fn, const char* klass, const std::vector<Shape>& outputs,
+             const std::vector<Shape>& inputs);
+  Shape out(const Operand& o, int bytes);  // bytes 0: any register
+  Shape in(const Operand& o,
+           std::string_view type);  // register of that width or constant; type "" = any register
   Shape constant(uint64_t value, int bytes);
   Shape scratch(int bytes);
   Shape pred_out(const Operand& o);
@@ -331,10 +370,11 @@ class Decoder {
   Kernel k_;
   std::vector<Scope> scopes_;
   std::vector<uint8_t> reg_bytes_;
-  std::vector<int32_t> labels_;                                          // index -> pc
+  std::vector<int32_t> labels_;  // index -> pc
   std::vector<int> exits_;
   std::vector<std::string> stack_;
-  std::vector<std::pair<size_t, uint64_t>> dynamic_;  // pool entries that hold an offset into dynamic shared memory
+  std::vector<std::pair<size_t, uint64_t>>
+      dynamic_;  // pool entries that hold an offset into dynamic shared memory
   std::map<std::pair<uint64_t, int>, int32_t> pooled_;
   std::map<std::string, uint64_t> shared_symbols_;
   std::map<std::string, int> class_ids_;

@@ -22,7 +22,8 @@ void Launch::add(Report r) {
   if (same < 1 && result.reports.size() < 100) result.reports.push_back(std::move(r));
 }
 
-static Report make_report(Warp& w, int line, int lane, ReportKind kind, const std::string& message, uint64_t address) {
+static Report make_report(Warp& w, int line, int lane, ReportKind kind, const std::string& message,
+                          uint64_t address) {
   Block& b = *w.block;
   Launch& l = *b.launch;
   Report r{};
@@ -36,16 +37,19 @@ static Report make_report(Warp& w, int line, int lane, ReportKind kind, const st
   std::copy(b.id, b.id + 3, r.block);
   r.ptx_line = line;
   r.address = address;
-  auto triple = [](const uint32_t* v) { return "(" + std::to_string(v[0]) + "," + std::to_string(v[1]) + "," + std::to_string(v[2]) + ")"; };
-  r.message = std::string(report_name(kind)) + ": " + message + ", in kernel '" + r.kernel + "', block " + triple(r.block) +
-              ", thread " + triple(r.thread) + ", PTX line " + std::to_string(line) + ".";
+  auto triple = [](const uint32_t* v) {
+    return "(" + std::to_string(v[0]) + "," + std::to_string(v[1]) + "," + std::to_string(v[2]) + ")";
+  };
+  r.message = std::string(report_name(kind)) + ": " + message + ", in kernel '" + r.kernel + "', block " +
+              triple(r.block) + ", thread " + triple(r.thread) + ", PTX line " + std::to_string(line) + ".";
   return r;
 }
 
 void Warp::note(const Inst& in, int lane, ReportKind kind, const std::string& message, uint64_t address) {
   block->launch->add(make_report(*this, in.line, lane, kind, message, address));
 }
-void Warp::fail(const Inst& in, int lane, ReportKind kind, int error, const std::string& message, uint64_t address) {
+void Warp::fail(const Inst& in, int lane, ReportKind kind, int error, const std::string& message,
+                uint64_t address) {
   note(in, lane, kind, message, address);
   throw Fault{kind, error};
 }
@@ -153,7 +157,8 @@ void Warp::exit_lanes(uint32_t mask, bool early) {
         for (const Group& g : block->warps[static_cast<size_t>(wi)].groups)
           if (g.wait == Wait::barrier && g.pc > 0) line = kernel->code[static_cast<size_t>(g.pc - 1)].line;
       fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719,
-           "the thread exits while others of its block wait at the barrier of PTX line " + std::to_string(line));
+           "the thread exits while others of its block wait at the barrier of PTX line " +
+               std::to_string(line));
     }
   if (!alive) block->check_barriers();
 }
@@ -170,7 +175,9 @@ void Warp::wait_here(Wait kind) {
 void Warp::converge(const Inst& in, uint32_t mask, const char* what, bool* ready) {
   *ready = false;
   if (mask != active)
-    fail(in, __builtin_ctz(active & ~mask), ReportKind::divergent_barrier, 719, std::string("a predicate keeps this thread out of ") + what + ", which all threads of the warp must execute");
+    fail(in, __builtin_ctz(active & ~mask), ReportKind::divergent_barrier, 719,
+         std::string("a predicate keeps this thread out of ") + what +
+             ", which all threads of the warp must execute");
   if (active == alive) {
     *ready = true;
     return;
@@ -178,17 +185,23 @@ void Warp::converge(const Inst& in, uint32_t mask, const char* what, bool* ready
   wait_here(Wait::converge);
 }
 
-// Lanes of `mask` whose member mask equals that of `lane`. Checks that all of them are here; waits if they can
-// still come.
+// Lanes of `mask` whose member mask equals that of `lane`. Checks that all of them are here; waits if they
+// can still come.
 uint32_t Warp::join(const Inst& in, uint32_t mask, int lane, uint32_t named, const char* what, bool* ready) {
   *ready = false;
   if (!(named >> lane & 1))
-    fail(in, lane, ReportKind::bad_mask, 719, std::string("the mask ") + hex(named) + " of " + what + " does not name the thread that executes it (lane " + std::to_string(lane) + ")");
+    fail(in, lane, ReportKind::bad_mask, 719,
+         std::string("the mask ") + hex(named) + " of " + what +
+             " does not name the thread that executes it (lane " + std::to_string(lane) + ")");
   uint32_t missing = named & ~mask & lanes;
   if (uint32_t gone = missing & ~alive)
-    fail(in, lane, ReportKind::bad_mask, 719, std::string("the mask ") + hex(named) + " of " + what + " names lane " + std::to_string(__builtin_ctz(gone)) + ", which has exited");
+    fail(in, lane, ReportKind::bad_mask, 719,
+         std::string("the mask ") + hex(named) + " of " + what + " names lane " +
+             std::to_string(__builtin_ctz(gone)) + ", which has exited");
   if (uint32_t skipped = missing & active)
-    fail(in, lane, ReportKind::bad_mask, 719, std::string("the mask ") + hex(named) + " of " + what + " names lane " + std::to_string(__builtin_ctz(skipped)) + ", which does not execute it");
+    fail(in, lane, ReportKind::bad_mask, 719,
+         std::string("the mask ") + hex(named) + " of " + what + " names lane " +
+             std::to_string(__builtin_ctz(skipped)) + ", which does not execute it");
   if (missing) {
     wait_here(Wait::sync);
     return 0;
@@ -207,14 +220,16 @@ void Block::arrive(Warp& w, const Inst& in, int id, uint32_t threads_, uint32_t 
   Barrier& b = barriers[id];
   if (!threads_ && late_exit_line && launch->options.checks)
     w.fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719,
-           "other threads of the block ended at PTX line " + std::to_string(late_exit_line) + " without coming to this barrier");
+           "other threads of the block ended at PTX line " + std::to_string(late_exit_line) +
+               " without coming to this barrier");
   bool fresh = b.arrived == 0 && b.joined.empty() && b.threads == 0;
   if (fresh) {
     b.expected = threads_;
     if (!b.clock.empty()) std::fill(b.clock.begin(), b.clock.end(), 0);
   } else if (b.expected != threads_) {
     w.fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719,
-           "barrier " + std::to_string(id) + " is used with " + std::to_string(threads_) + " threads here but " + std::to_string(b.expected) + " elsewhere");
+           "barrier " + std::to_string(id) + " is used with " + std::to_string(threads_) +
+               " threads here but " + std::to_string(b.expected) + " elsewhere");
   }
   // Lanes that have exited, or never existed, count as arrived: the hardware counts warps.
   uint32_t n = static_cast<uint32_t>(__builtin_popcount(mask));
@@ -235,7 +250,9 @@ void Block::arrive(Warp& w, const Inst& in, int id, uint32_t threads_, uint32_t 
     ++w.clock[static_cast<size_t>(w.index)];
   }
   if (b.expected && b.arrived > (b.expected + 31) / 32 * 32)
-    w.fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719, "more threads than the " + std::to_string(b.expected) + " expected arrive at barrier " + std::to_string(id));
+    w.fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719,
+           "more threads than the " + std::to_string(b.expected) + " expected arrive at barrier " +
+               std::to_string(id));
   check_barriers();
 }
 
@@ -264,7 +281,8 @@ void Block::complete(int id) {
     if (r.op == 0)
       each_lane(r.mask, [&](int i) { w.dst<uint32_t>(r.reg)[i] = b.count_true; });
     else
-      w.set_predicate(r.reg, r.mask, (r.op == 1 ? b.count_true == b.waiting_votes : b.count_true > 0) ? kAll : 0);
+      w.set_predicate(r.reg, r.mask,
+                      (r.op == 1 ? b.count_true == b.waiting_votes : b.count_true > 0) ? kAll : 0);
   }
   for (auto [wi, mask] : b.joined) {
     Warp& w = warps[static_cast<size_t>(wi)];
@@ -294,20 +312,25 @@ void Block::stuck() {
     for (const Group& g : w.groups) {
       if (!g.mask || g.wait == Wait::none) continue;
       int line = kernel->code[static_cast<size_t>(g.wait == Wait::barrier ? g.pc - 1 : g.pc)].line;
-      bool severe = g.wait == Wait::sync || (g.wait == Wait::converge && (!worst || worst->wait == Wait::barrier));
+      bool severe =
+          g.wait == Wait::sync || (g.wait == Wait::converge && (!worst || worst->wait == Wait::barrier));
       if (!worst || severe) {
         first = &w;
         worst = &g;
       }
       if (listed++ < 8)
         who += "; warp " + std::to_string(w.index) + " lanes " + hex(g.mask) + " wait at " +
-               (g.wait == Wait::sync ? "a warp synchronisation" : g.wait == Wait::converge ? "an instruction for the whole warp" : "barrier " + std::to_string(g.barrier)) +
+               (g.wait == Wait::sync       ? "a warp synchronisation"
+                : g.wait == Wait::converge ? "an instruction for the whole warp"
+                                           : "barrier " + std::to_string(g.barrier)) +
                ", PTX line " + std::to_string(line);
     }
   if (!worst) throw Fault{ReportKind::deadlock, 719};
-  const Inst& in = kernel->code[static_cast<size_t>(worst->wait == Wait::barrier ? worst->pc - 1 : worst->pc)];
+  const Inst& in =
+      kernel->code[static_cast<size_t>(worst->wait == Wait::barrier ? worst->pc - 1 : worst->pc)];
   ReportKind kind = worst->wait == Wait::sync ? ReportKind::bad_mask : ReportKind::divergent_barrier;
-  first->fail(in, __builtin_ctz(worst->mask), kind, 719, "the threads of the block wait for each other for ever" + who);
+  first->fail(in, __builtin_ctz(worst->mask), kind, 719,
+              "the threads of the block wait for each other for ever" + who);
 }
 
 // ---- blocks ----
@@ -328,8 +351,7 @@ void Block::start(Launch& l, uint64_t linear) {
   shared_bytes = kernel->static_shared + c.dynamic_shared;
   shared.assign(shared_bytes + 64, std::byte{0xff});
   shared_init.assign(shared_bytes + 64, l.options.checks ? 0 : 1);
-  if (l.options.checks)
-    cells.assign(shared_bytes / kernel->shared_granule + 2, Cell{});
+  if (l.options.checks) cells.assign(shared_bytes / kernel->shared_granule + 2, Cell{});
   local.assign(kernel->local_bytes * count * 32, std::byte{0xff});
   classes.assign(kernel->classes.size(), 0);
   counters = Counters{};
@@ -360,31 +382,81 @@ void Block::start(Launch& l, uint64_t linear) {
       for (uint32_t lane = 0; lane < 32; ++lane) {
         uint32_t t = static_cast<uint32_t>(i * 32) + lane, v = 0;
         switch (s.what) {
-          case tid_x: v = t % c.block[0]; break;
-          case tid_y: v = t / c.block[0] % c.block[1]; break;
-          case tid_z: v = t / (c.block[0] * c.block[1]); break;
-          case ntid_x: v = c.block[0]; break;
-          case ntid_y: v = c.block[1]; break;
-          case ntid_z: v = c.block[2]; break;
-          case ctaid_x: v = id[0]; break;
-          case ctaid_y: v = id[1]; break;
-          case ctaid_z: v = id[2]; break;
-          case nctaid_x: v = c.grid[0]; break;
-          case nctaid_y: v = c.grid[1]; break;
-          case nctaid_z: v = c.grid[2]; break;
-          case laneid: v = lane; break;
-          case warpid: v = static_cast<uint32_t>(i); break;
-          case nwarpid: v = static_cast<uint32_t>(count); break;
-          case smid: v = static_cast<uint32_t>(linear % static_cast<uint64_t>(l.spec.sm_count)); break;
-          case nsmid: v = static_cast<uint32_t>(l.spec.sm_count); break;
-          case gridid: reinterpret_cast<uint64_t*>(w.regs + s.reg)[lane] = 1; continue;
-          case lanemask_eq: v = 1u << lane; break;
-          case lanemask_lt: v = (1u << lane) - 1; break;
-          case lanemask_le: v = (1u << lane) | ((1u << lane) - 1); break;
-          case lanemask_gt: v = ~((1u << lane) | ((1u << lane) - 1)); break;
-          case lanemask_ge: v = ~((1u << lane) - 1); break;
-          case dynamic_smem_size: v = static_cast<uint32_t>(c.dynamic_shared); break;
-          case total_smem_size: v = static_cast<uint32_t>(shared_bytes); break;
+          case tid_x:
+            v = t % c.block[0];
+            break;
+          case tid_y:
+            v = t / c.block[0] % c.block[1];
+            break;
+          case tid_z:
+            v = t / (c.block[0] * c.block[1]);
+            break;
+          case ntid_x:
+            v = c.block[0];
+            break;
+          case ntid_y:
+            v = c.block[1];
+            break;
+          case ntid_z:
+            v = c.block[2];
+            break;
+          case ctaid_x:
+            v = id[0];
+            break;
+          case ctaid_y:
+            v = id[1];
+            break;
+          case ctaid_z:
+            v = id[2];
+            break;
+          case nctaid_x:
+            v = c.grid[0];
+            break;
+          case nctaid_y:
+            v = c.grid[1];
+            break;
+          case nctaid_z:
+            v = c.grid[2];
+            break;
+          case laneid:
+            v = lane;
+            break;
+          case warpid:
+            v = static_cast<uint32_t>(i);
+            break;
+          case nwarpid:
+            v = static_cast<uint32_t>(count);
+            break;
+          case smid:
+            v = static_cast<uint32_t>(linear % static_cast<uint64_t>(l.spec.sm_count));
+            break;
+          case nsmid:
+            v = static_cast<uint32_t>(l.spec.sm_count);
+            break;
+          case gridid:
+            reinterpret_cast<uint64_t*>(w.regs + s.reg)[lane] = 1;
+            continue;
+          case lanemask_eq:
+            v = 1u << lane;
+            break;
+          case lanemask_lt:
+            v = (1u << lane) - 1;
+            break;
+          case lanemask_le:
+            v = (1u << lane) | ((1u << lane) - 1);
+            break;
+          case lanemask_gt:
+            v = ~((1u << lane) | ((1u << lane) - 1));
+            break;
+          case lanemask_ge:
+            v = ~((1u << lane) - 1);
+            break;
+          case dynamic_smem_size:
+            v = static_cast<uint32_t>(c.dynamic_shared);
+            break;
+          case total_smem_size:
+            v = static_cast<uint32_t>(shared_bytes);
+            break;
         }
         reinterpret_cast<uint32_t*>(w.regs + s.reg)[lane] = v;
       }
@@ -453,7 +525,8 @@ static void work(Launch& l, uint64_t stride, uint64_t offset, size_t resident_li
           if (spare.empty()) spare.push_back(std::make_unique<Block>());
           live.push_back(std::move(spare.back()));
           spare.pop_back();
-          live.back()->start(l, static_cast<uint64_t>((static_cast<unsigned __int128>(k) * stride + offset) % l.blocks));
+          live.back()->start(
+              l, static_cast<uint64_t>((static_cast<unsigned __int128>(k) * stride + offset) % l.blocks));
           steps = 0;
         } else if (live.empty()) {
           return;
@@ -467,14 +540,18 @@ static void work(Launch& l, uint64_t stride, uint64_t offset, size_t resident_li
         steps = 0;
       } else {
         ++steps;
-        if ((steps & 3) == 0 && std::chrono::duration<double>(std::chrono::steady_clock::now() - l.started).count() > l.options.watchdog_seconds) {
+        if ((steps & 3) == 0 &&
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - l.started).count() >
+                l.options.watchdog_seconds) {
           Block& b = *live[0];
           for (Warp& w : b.warps)
             for (Group& g : w.groups)
               if (g.mask) {
-                const Inst& in = l.kernel->code[static_cast<size_t>(std::max(0, g.pc - (g.wait == Wait::barrier)))];
+                const Inst& in =
+                    l.kernel->code[static_cast<size_t>(std::max(0, g.pc - (g.wait == Wait::barrier)))];
                 w.fail(in, __builtin_ctz(g.mask), ReportKind::deadlock, 719,
-                       "the launch did not end within " + std::to_string(l.options.watchdog_seconds) + " s; this thread " + (g.wait == Wait::none ? "still runs" : "waits"));
+                       "the launch did not end within " + std::to_string(l.options.watchdog_seconds) +
+                           " s; this thread " + (g.wait == Wait::none ? "still runs" : "waits"));
               }
         }
       }
@@ -494,7 +571,8 @@ static void work(Launch& l, uint64_t stride, uint64_t offset, size_t resident_li
   }
 }
 
-LaunchResult launch_kernel(const Kernel& k, const LaunchConfig& config, const std::byte* params, const DeviceSpec& spec, Memory& memory, const Options& options) {
+LaunchResult launch_kernel(const Kernel& k, const LaunchConfig& config, const std::byte* params,
+                           const DeviceSpec& spec, Memory& memory, const Options& options) {
   Launch l;
   l.kernel = &k;
   l.config = config;
@@ -513,20 +591,35 @@ LaunchResult launch_kernel(const Kernel& k, const LaunchConfig& config, const st
   };
   static const uint32_t grid_max[3] = {0x7fffffff, 65535, 65535}, block_max[3] = {1024, 1024, 64};
   for (int i = 0; i < 3; ++i) {
-    if (config.grid[i] == 0 || config.grid[i] > grid_max[i]) return refuse(1, "expected a grid of 1 to " + std::to_string(grid_max[i]) + " in dimension " + std::to_string(i) + " but received " + std::to_string(config.grid[i]));
-    if (config.block[i] == 0 || config.block[i] > block_max[i]) return refuse(1, "expected a block of 1 to " + std::to_string(block_max[i]) + " in dimension " + std::to_string(i) + " but received " + std::to_string(config.block[i]));
+    if (config.grid[i] == 0 || config.grid[i] > grid_max[i])
+      return refuse(1, "expected a grid of 1 to " + std::to_string(grid_max[i]) + " in dimension " +
+                           std::to_string(i) + " but received " + std::to_string(config.grid[i]));
+    if (config.block[i] == 0 || config.block[i] > block_max[i])
+      return refuse(1, "expected a block of 1 to " + std::to_string(block_max[i]) + " in dimension " +
+                           std::to_string(i) + " but received " + std::to_string(config.block[i]));
   }
   uint64_t threads = uint64_t{config.block[0]} * config.block[1] * config.block[2];
-  if (threads > static_cast<uint64_t>(k.info.max_threads)) return refuse(1, "expected at most " + std::to_string(k.info.max_threads) + " threads per block but received " + std::to_string(threads));
+  if (threads > static_cast<uint64_t>(k.info.max_threads))
+    return refuse(1, "expected at most " + std::to_string(k.info.max_threads) +
+                         " threads per block but received " + std::to_string(threads));
   if (k.has_required)
     for (int i = 0; i < 3; ++i)
-      if (static_cast<uint32_t>(k.required[i]) != config.block[i]) return refuse(1, "expected the block size that .reqntid demands");
+      if (static_cast<uint32_t>(k.required[i]) != config.block[i])
+        return refuse(1, "expected the block size that .reqntid demands");
   uint64_t warps = (threads + 31) / 32;
   uint64_t registers = warps * ((static_cast<uint64_t>(k.info.registers) * 32 + 255) / 256 * 256);
-  if (registers > static_cast<uint64_t>(spec.registers_per_sm)) return refuse(701, std::to_string(registers) + " registers exceed the " + std::to_string(spec.registers_per_sm) + " of a multiprocessor");
+  if (registers > static_cast<uint64_t>(spec.registers_per_sm))
+    return refuse(701, std::to_string(registers) + " registers exceed the " +
+                           std::to_string(spec.registers_per_sm) + " of a multiprocessor");
   size_t shared = k.static_shared + config.dynamic_shared;
-  size_t limit = std::max(spec.shared_per_block, std::min(config.max_dynamic_shared ? config.max_dynamic_shared + k.static_shared : 0, spec.shared_per_block_optin));
-  if (shared > limit) return refuse(1, std::to_string(shared) + " bytes of shared memory exceed " + std::to_string(limit) + (shared <= spec.shared_per_block_optin ? "; the kernel has not opted in to more" : ""));
+  size_t limit =
+      std::max(spec.shared_per_block,
+               std::min(config.max_dynamic_shared ? config.max_dynamic_shared + k.static_shared : 0,
+                        spec.shared_per_block_optin));
+  if (shared > limit)
+    return refuse(1,
+                  std::to_string(shared) + " bytes of shared memory exceed " + std::to_string(limit) +
+                      (shared <= spec.shared_per_block_optin ? "; the kernel has not opted in to more" : ""));
   if (!params && k.info.param_bytes) return refuse(1, "expected parameters but received none");
   l.params.assign(params, params + k.info.param_bytes);
   l.params.resize(k.info.param_bytes + 64);
@@ -539,9 +632,12 @@ LaunchResult launch_kernel(const Kernel& k, const LaunchConfig& config, const st
     do stride = random() % l.blocks;
     while (std::__gcd(stride, l.blocks) != 1);
   }
-  int threads_wanted = options.threads > 0 ? options.threads : static_cast<int>(std::thread::hardware_concurrency());
+  int threads_wanted =
+      options.threads > 0 ? options.threads : static_cast<int>(std::thread::hardware_concurrency());
   size_t n = std::clamp<size_t>(static_cast<size_t>(std::max(1, threads_wanted)), 1, l.blocks);
-  size_t per_sm = std::max<size_t>(1, std::min({static_cast<size_t>(spec.max_blocks_per_sm), static_cast<size_t>(spec.max_threads_per_sm) / (warps * 32), spec.shared_per_sm / std::max<size_t>(shared + 1024, 1)}));
+  size_t per_sm = std::max<size_t>(1, std::min({static_cast<size_t>(spec.max_blocks_per_sm),
+                                                static_cast<size_t>(spec.max_threads_per_sm) / (warps * 32),
+                                                spec.shared_per_sm / std::max<size_t>(shared + 1024, 1)}));
   size_t resident = std::max<size_t>(1, per_sm * static_cast<size_t>(spec.sm_count) / n);
   std::vector<std::thread> pool;
   for (size_t i = 1; i < n; ++i) pool.emplace_back(work, std::ref(l), stride, offset, resident);

@@ -47,7 +47,9 @@ Memory::~Memory() {
 
 namespace {
 
-size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+size_t round_up(size_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
 
 // Offset of a range of `bytes` (a multiple of the granule), or SIZE_MAX.
 size_t take(Memory::Impl& m, size_t bytes) {
@@ -94,8 +96,7 @@ Allocation* place(Memory::Impl& m, size_t bytes) {
   a->base = m.base + at;
   a->bytes = bytes;
   // The red zone belongs to the record, so that an access there can name the allocation it missed.
-  for (size_t g = 0; g < padded / 256; ++g)
-    __atomic_store_n(&m.granules[at / 256 + g], a, __ATOMIC_RELEASE);
+  for (size_t g = 0; g < padded / 256; ++g) __atomic_store_n(&m.granules[at / 256 + g], a, __ATOMIC_RELEASE);
   return a;
 }
 
@@ -126,10 +127,10 @@ bool Memory::free(uint64_t address, std::vector<Report>* reports) {
       r.kind = ReportKind::invalid_free;
       r.address = address;
       r.message = "expected the start of a live allocation for free but received " + hex(address) +
-                  (!a                     ? ", which was never allocated"
-                   : a->host              ? ", which is host memory"
-                   : a->base != address   ? ", which lies inside the allocation at " + hex(a->base)
-                                          : ", which was freed before");
+                  (!a                   ? ", which was never allocated"
+                   : a->host            ? ", which is host memory"
+                   : a->base != address ? ", which lies inside the allocation at " + hex(a->base)
+                                        : ", which was freed before");
       reports->push_back(r);
     }
     return false;
@@ -149,7 +150,9 @@ size_t Memory::used() const {
   std::lock_guard lock(impl_->mutex);
   return impl_->in_use;
 }
-size_t Memory::total() const { return impl_->limit; }
+size_t Memory::total() const {
+  return impl_->limit;
+}
 
 std::byte* Memory::resolve(uint64_t address, size_t bytes) {
   Allocation* a = impl_->record(address);

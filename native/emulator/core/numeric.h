@@ -11,8 +11,9 @@ namespace mgm::emulator {
 
 enum Round : uint8_t { rn, rz, rm, rp, rna };
 
-// Magnitude rounded to `mantissa` explicit bits and `exponent_min` (unbiased exponent of the smallest normal),
-// exact for every finite double. The result is a double that the format represents, unless it overflows.
+// Magnitude rounded to `mantissa` explicit bits and `exponent_min` (unbiased exponent of the smallest
+// normal), exact for every finite double. The result is a double that the format represents, unless it
+// overflows.
 inline double round_to(double v, int mantissa, int exponent_min, Round mode) {
   if (v == 0 || !std::isfinite(v)) return v;
   int e = std::ilogb(v);
@@ -20,21 +21,38 @@ inline double round_to(double v, int mantissa, int exponent_min, Round mode) {
   double scaled = std::ldexp(v, mantissa - e);  // exact: subnormal doubles cannot arise for the formats used
   double r;
   switch (mode) {
-    case rn: r = std::nearbyint(scaled); break;
-    case rz: r = std::trunc(scaled); break;
-    case rm: r = std::floor(scaled); break;
-    case rp: r = std::ceil(scaled); break;
-    default: r = std::round(scaled);
+    case rn:
+      r = std::nearbyint(scaled);
+      break;
+    case rz:
+      r = std::trunc(scaled);
+      break;
+    case rm:
+      r = std::floor(scaled);
+      break;
+    case rp:
+      r = std::ceil(scaled);
+      break;
+    default:
+      r = std::round(scaled);
   }
   r = std::ldexp(r, e - mantissa);
   return r == 0 ? std::copysign(0.0, v) : r;
 }
 
-inline float f32(uint32_t b) { return bits_as<float>(b); }
-inline uint32_t bits(float f) { return bits_as<uint32_t>(f); }
+inline float f32(uint32_t b) {
+  return bits_as<float>(b);
+}
+inline uint32_t bits(float f) {
+  return bits_as<uint32_t>(f);
+}
 
-inline float from_half(uint16_t h) { return _cvtsh_ss(h); }
-inline float from_bf16(uint16_t h) { return f32(static_cast<uint32_t>(h) << 16); }
+inline float from_half(uint16_t h) {
+  return _cvtsh_ss(h);
+}
+inline float from_bf16(uint16_t h) {
+  return f32(static_cast<uint32_t>(h) << 16);
+}
 
 // Overflow: infinity, or the largest finite value where the rounding points to zero.
 inline bool overflow_is_finite(Round mode, bool negative) {
@@ -62,7 +80,8 @@ inline uint16_t to_bf16(double v, Round mode = rn) {
   double r = round_to(v, 7, -126, mode);
   uint32_t sign = std::signbit(v) ? 0x8000 : 0;
   if (std::fabs(r) > 0x1.fep127)
-    return static_cast<uint16_t>(sign | (std::isfinite(v) && overflow_is_finite(mode, sign) ? 0x7f7f : 0x7f80));
+    return static_cast<uint16_t>(sign |
+                                 (std::isfinite(v) && overflow_is_finite(mode, sign) ? 0x7f7f : 0x7f80));
   return static_cast<uint16_t>(bits(static_cast<float>(r)) >> 16);
 }
 inline float to_float(double v, Round mode) {
@@ -109,10 +128,14 @@ inline uint32_t to_tf32(float v, Round mode) {
 // OCP 8-bit floats. e4m3 has no infinity (0x7f is NaN); conversions saturate to the largest finite value.
 inline float from_e4m3(uint8_t b) {
   int e = b >> 3 & 15, m = b & 7;
-  float v = (b & 0x7f) == 0x7f ? f32(0x7fffffff) : e ? std::ldexp(1.0f + static_cast<float>(m) / 8, e - 7) : std::ldexp(static_cast<float>(m), -9);
+  float v = (b & 0x7f) == 0x7f ? f32(0x7fffffff)
+            : e                ? std::ldexp(1.0f + static_cast<float>(m) / 8, e - 7)
+                               : std::ldexp(static_cast<float>(m), -9);
   return b & 0x80 ? -v : v;
 }
-inline float from_e5m2(uint8_t b) { return from_half(static_cast<uint16_t>(b << 8)); }
+inline float from_e5m2(uint8_t b) {
+  return from_half(static_cast<uint16_t>(b << 8));
+}
 inline uint8_t to_e4m3(double v) {
   if (std::isnan(v)) return 0x7f;
   uint8_t sign = std::signbit(v) ? 0x80 : 0;
@@ -132,7 +155,11 @@ inline uint8_t to_e5m2(double v) {
   return static_cast<uint8_t>(sign | ((e + 15) << 2) | (static_cast<int>(std::ldexp(r, 2 - e)) & 3));
 }
 
-inline float flush(float v) { return f32((bits(v) & 0x7f800000) ? bits(v) : bits(v) & 0x80000000); }
-inline float canonical(float v) { return v != v ? f32(0x7fffffff) : v; }
+inline float flush(float v) {
+  return f32((bits(v) & 0x7f800000) ? bits(v) : bits(v) & 0x80000000);
+}
+inline float canonical(float v) {
+  return v != v ? f32(0x7fffffff) : v;
+}
 
 }  // namespace mgm::emulator

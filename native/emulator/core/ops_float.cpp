@@ -8,35 +8,138 @@ namespace mgm::emulator {
 namespace {
 
 // Plain operations on float or double; each is a single correctly rounded one.
-struct FAdd { template <class T> static T call(T a, T b) { return a + b; } };
-struct FSub { template <class T> static T call(T a, T b) { return a - b; } };
-struct FMul { template <class T> static T call(T a, T b) { return a * b; } };
-struct FFma { template <class T> static T call(T a, T b, T c) { return std::fma(a, b, c); } };
-struct FDiv { template <class T> static T call(T a, T b) { return a / b; } };
-struct FRcp { template <class T> static T call(T a) { return 1 / a; } };
-struct FSqrt { template <class T> static T call(T a) { return std::sqrt(a); } };
-struct FRsqrt { template <class T> static T call(T a) { return static_cast<T>(1 / std::sqrt(static_cast<double>(a))); } };
-struct FEx2 { static float call(float a) { return std::exp2(a); } };
-struct FLg2 { static float call(float a) { return std::log2(a); } };
-struct FSin { static float call(float a) { return std::isinf(a) ? f32(0x7fffffff) : std::sin(a); } };
-struct FCos { static float call(float a) { return std::isinf(a) ? f32(0x7fffffff) : std::cos(a); } };
-struct FTanh { static float call(float a) { return std::tanh(a); } };
-struct FNeg { template <class T> static T call(T a) { return -a; } };
-struct FAbs { template <class T> static T call(T a) { return std::fabs(a); } };
-struct FMin { template <class T> static T call(T a, T b) { return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b; } };
-struct FMax { template <class T> static T call(T a, T b) { return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b; } };
-struct FMinNan { template <class T> static T call(T a, T b) { return a != a || b != b ? static_cast<T>(NAN) : FMin::call(a, b); } };
-struct FMaxNan { template <class T> static T call(T a, T b) { return a != a || b != b ? static_cast<T>(NAN) : FMax::call(a, b); } };
+struct FAdd {
+  template <class T>
+  static T call(T a, T b) {
+    return a + b;
+  }
+};
+struct FSub {
+  template <class T>
+  static T call(T a, T b) {
+    return a - b;
+  }
+};
+struct FMul {
+  template <class T>
+  static T call(T a, T b) {
+    return a * b;
+  }
+};
+struct FFma {
+  template <class T>
+  static T call(T a, T b, T c) {
+    return std::fma(a, b, c);
+  }
+};
+struct FDiv {
+  template <class T>
+  static T call(T a, T b) {
+    return a / b;
+  }
+};
+struct FRcp {
+  template <class T>
+  static T call(T a) {
+    return 1 / a;
+  }
+};
+struct FSqrt {
+  template <class T>
+  static T call(T a) {
+    return std::sqrt(a);
+  }
+};
+struct FRsqrt {
+  template <class T>
+  static T call(T a) {
+    return static_cast<T>(1 / std::sqrt(static_cast<double>(a)));
+  }
+};
+struct FEx2 {
+  static float call(float a) { return std::exp2(a); }
+};
+struct FLg2 {
+  static float call(float a) { return std::log2(a); }
+};
+struct FSin {
+  static float call(float a) { return std::isinf(a) ? f32(0x7fffffff) : std::sin(a); }
+};
+struct FCos {
+  static float call(float a) { return std::isinf(a) ? f32(0x7fffffff) : std::cos(a); }
+};
+struct FTanh {
+  static float call(float a) { return std::tanh(a); }
+};
+struct FNeg {
+  template <class T>
+  static T call(T a) {
+    return -a;
+  }
+};
+struct FAbs {
+  template <class T>
+  static T call(T a) {
+    return std::fabs(a);
+  }
+};
+struct FMin {
+  template <class T>
+  static T call(T a, T b) {
+    return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b;
+  }
+};
+struct FMax {
+  template <class T>
+  static T call(T a, T b) {
+    return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b;
+  }
+};
+struct FMinNan {
+  template <class T>
+  static T call(T a, T b) {
+    return a != a || b != b ? static_cast<T>(NAN) : FMin::call(a, b);
+  }
+};
+struct FMaxNan {
+  template <class T>
+  static T call(T a, T b) {
+    return a != a || b != b ? static_cast<T>(NAN) : FMax::call(a, b);
+  }
+};
 
 // Directed rounding of f32: the sum is taken to odd in double, then rounded once.
-template <int M> struct DAdd { static float call(float a, float b) { return to_float(a + static_cast<double>(b) == 0 ? (M == rm && !(std::signbit(a) && std::signbit(b)) && (a != 0 || std::signbit(a) != std::signbit(b)) ? -0.0 : static_cast<double>(a) + b) : add_odd(a, b), static_cast<Round>(M)); } };
-template <int M> struct DSub { static float call(float a, float b) { return DAdd<M>::call(a, -b); } };
-template <int M> struct DMul { static float call(float a, float b) { return to_float(static_cast<double>(a) * b, static_cast<Round>(M)); } };
-template <int M> struct DFma { static float call(float a, float b, float c) { return to_float(add_odd(static_cast<double>(a) * b, c), static_cast<Round>(M)); } };
+template <int M>
+struct DAdd {
+  static float call(float a, float b) {
+    return to_float(a + static_cast<double>(b) == 0 ? (M == rm && !(std::signbit(a) && std::signbit(b)) &&
+                                                               (a != 0 || std::signbit(a) != std::signbit(b))
+                                                           ? -0.0
+                                                           : static_cast<double>(a) + b)
+                                                    : add_odd(a, b),
+                    static_cast<Round>(M));
+  }
+};
+template <int M>
+struct DSub {
+  static float call(float a, float b) { return DAdd<M>::call(a, -b); }
+};
+template <int M>
+struct DMul {
+  static float call(float a, float b) { return to_float(static_cast<double>(a) * b, static_cast<Round>(M)); }
+};
+template <int M>
+struct DFma {
+  static float call(float a, float b, float c) {
+    return to_float(add_odd(static_cast<double>(a) * b, c), static_cast<Round>(M));
+  }
+};
 constexpr int kFe[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
 // Rare: through the host's rounding mode. The barriers keep the operation between the two mode changes.
-template <int M, class F> struct Fenv {
-  template <class T, class... A> static T call(T a, A... b) {
+template <int M, class F>
+struct Fenv {
+  template <class T, class... A>
+  static T call(T a, A... b) {
     volatile T x = a;
     std::fesetround(kFe[M]);
     volatile T r = F::call(static_cast<T>(x), b...);
@@ -58,12 +161,16 @@ struct F32 {
 template <class F, bool Ftz>
 struct Raw32 {  // neg, abs, copysign: NaN payloads pass
   template <class... A>
-  static float call(A... a) { return F::call((Ftz ? flush(a) : a)...); }
+  static float call(A... a) {
+    return F::call((Ftz ? flush(a) : a)...);
+  }
 };
 template <class F>
 struct F64 {
   template <class... A>
-  static double call(A... a) { return F::call(a...); }
+  static double call(A... a) {
+    return F::call(a...);
+  }
 };
 
 struct Half {
@@ -79,7 +186,9 @@ struct Bf {
   static constexpr uint16_t exponent = 0x7f80;
 };
 template <class Format, bool Ftz>
-uint16_t flush16(uint16_t v) { return Ftz && !(v & Format::exponent) ? v & 0x8000 : v; }
+uint16_t flush16(uint16_t v) {
+  return Ftz && !(v & Format::exponent) ? v & 0x8000 : v;
+}
 template <class Format, int Clamp>  // 0 none, 1 sat, 2 relu
 uint16_t finish16(uint16_t r) {
   bool nan = (r & 0x7fff) > Format::exponent;
@@ -108,17 +217,25 @@ template <class F>
 struct Pair {
   template <class... A>
   static uint32_t call(A... a) {
-    return F::call(static_cast<uint16_t>(a)...) | static_cast<uint32_t>(F::call(static_cast<uint16_t>(a >> 16)...)) << 16;
+    return F::call(static_cast<uint16_t>(a)...) |
+           static_cast<uint32_t>(F::call(static_cast<uint16_t>(a >> 16)...)) << 16;
   }
 };
-struct Neg16 { static uint16_t call(uint16_t a) { return a ^ 0x8000; } };
-struct Abs16 { static uint16_t call(uint16_t a) { return a & 0x7fff; } };
+struct Neg16 {
+  static uint16_t call(uint16_t a) { return a ^ 0x8000; }
+};
+struct Abs16 {
+  static uint16_t call(uint16_t a) { return a & 0x7fff; }
+};
 
 template <class F, class T, int N>
 Handler n_ary() {
-  if constexpr (N == 1) return &alu<F, T, T>;
-  else if constexpr (N == 2) return &alu<F, T, T, T>;
-  else return &alu<F, T, T, T, T>;
+  if constexpr (N == 1)
+    return &alu<F, T, T>;
+  else if constexpr (N == 2)
+    return &alu<F, T, T, T>;
+  else
+    return &alu<F, T, T, T, T>;
 }
 template <class F, int N>
 Handler f32_handler(bool ftz, bool sat) {
@@ -127,8 +244,13 @@ Handler f32_handler(bool ftz, bool sat) {
 }
 template <class F, class Format, bool Ftz, int N>
 Handler half_clamp(bool pair, int clamp) {
-  if (pair) return clamp == 0 ? n_ary<Pair<F16<F, Format, Ftz, 0>>, uint32_t, N>() : clamp == 1 ? n_ary<Pair<F16<F, Format, Ftz, 1>>, uint32_t, N>() : n_ary<Pair<F16<F, Format, Ftz, 2>>, uint32_t, N>();
-  return clamp == 0 ? n_ary<F16<F, Format, Ftz, 0>, uint16_t, N>() : clamp == 1 ? n_ary<F16<F, Format, Ftz, 1>, uint16_t, N>() : n_ary<F16<F, Format, Ftz, 2>, uint16_t, N>();
+  if (pair)
+    return clamp == 0   ? n_ary<Pair<F16<F, Format, Ftz, 0>>, uint32_t, N>()
+           : clamp == 1 ? n_ary<Pair<F16<F, Format, Ftz, 1>>, uint32_t, N>()
+                        : n_ary<Pair<F16<F, Format, Ftz, 2>>, uint32_t, N>();
+  return clamp == 0   ? n_ary<F16<F, Format, Ftz, 0>, uint16_t, N>()
+         : clamp == 1 ? n_ary<F16<F, Format, Ftz, 1>, uint16_t, N>()
+                      : n_ary<F16<F, Format, Ftz, 2>, uint16_t, N>();
 }
 template <class F, int N>
 Handler half_handler(const std::string& t, bool ftz, int clamp) {
@@ -149,28 +271,46 @@ void testp(Warp& w, const Inst& in, uint32_t m) {
       v = w.src<double>(in.o[1])[i];
       normal = std::isnormal(v);
     }
-    bool b = in.mode == 0 ? std::isfinite(v) : in.mode == 1 ? std::isinf(v) : in.mode == 2 ? !std::isnan(v) : in.mode == 3 ? std::isnan(v) : in.mode == 4 ? normal : !normal && v != 0 && std::isfinite(v);
+    bool b = in.mode == 0   ? std::isfinite(v)
+             : in.mode == 1 ? std::isinf(v)
+             : in.mode == 2 ? !std::isnan(v)
+             : in.mode == 3 ? std::isnan(v)
+             : in.mode == 4 ? normal
+                            : !normal && v != 0 && std::isfinite(v);
     r |= static_cast<uint32_t>(b) << i;
   }
   w.set_predicate(in.o[0], m, r);
 }
-struct CopySign { template <class T> static T call(T a, T b) { return std::copysign(b, a); } };
+struct CopySign {
+  template <class T>
+  static T call(T a, T b) {
+    return std::copysign(b, a);
+  }
+};
 
-Round rounding(const std::string& r) { return r == "rz" ? rz : r == "rm" ? rm : r == "rp" ? rp : rn; }
+Round rounding(const std::string& r) {
+  return r == "rz" ? rz : r == "rm" ? rm : r == "rp" ? rp : rn;
+}
 
 template <template <int> class D, int N>
 Handler directed32(Round r, bool ftz, bool sat) {
-  return r == rz ? f32_handler<D<rz>, N>(ftz, sat) : r == rm ? f32_handler<D<rm>, N>(ftz, sat) : f32_handler<D<rp>, N>(ftz, sat);
+  return r == rz   ? f32_handler<D<rz>, N>(ftz, sat)
+         : r == rm ? f32_handler<D<rm>, N>(ftz, sat)
+                   : f32_handler<D<rp>, N>(ftz, sat);
 }
 template <class F, class T, int N>
 Handler fenv_handler(Round r) {
-  return r == rz ? n_ary<Fenv<1, F>, T, N>() : r == rm ? n_ary<Fenv<2, F>, T, N>() : n_ary<Fenv<3, F>, T, N>();
+  return r == rz   ? n_ary<Fenv<1, F>, T, N>()
+         : r == rm ? n_ary<Fenv<2, F>, T, N>()
+                   : n_ary<Fenv<3, F>, T, N>();
 }
 
 }  // namespace
 
 bool decode_float(Decoder& d, const Instruction& s) {
-  static const char* known[] = {"add", "sub", "mul", "fma", "mad", "div", "min", "max", "abs", "neg", "rcp", "sqrt", "rsqrt", "sin", "cos", "ex2", "lg2", "tanh", "testp", "copysign"};
+  static const char* known[] = {"add", "sub", "mul", "fma",  "mad",   "div",     "min",
+                                "max", "abs", "neg", "rcp",  "sqrt",  "rsqrt",   "sin",
+                                "cos", "ex2", "lg2", "tanh", "testp", "copysign"};
   std::string op = s.opcode;
   bool mine = false;
   for (const char* k : known) mine |= op == k;
@@ -198,31 +338,46 @@ bool decode_float(Decoder& d, const Instruction& s) {
     m.finish();
     d.operands(2);
     if (k < 0 || half) d.fail("expected a test and .f32 or .f64 for testp");
-    d.emit(&testp, "float", {d.pred_out(d.operand(0))}, {d.in(d.operand(1), t)}).mode = static_cast<uint8_t>(k);
+    d.emit(&testp, "float", {d.pred_out(d.operand(0))}, {d.in(d.operand(1), t)}).mode =
+        static_cast<uint8_t>(k);
     return true;
   }
   if (op == "copysign") {
     if (half) m.fail("expected .f32 or .f64");
-    return emit(bytes == 4 ? &alu<CopySign, float, float, float> : &alu<CopySign, double, double, double>, 2, klass);
+    return emit(bytes == 4 ? &alu<CopySign, float, float, float> : &alu<CopySign, double, double, double>, 2,
+                klass);
   }
   bool ftz = m.take("ftz");
   if (op == "mad") op = "fma";
   if (op == "neg" || op == "abs") {
     bool neg = op == "neg";
-    if (t == "f32") return emit(neg ? (ftz ? &alu<Raw32<FNeg, true>, float, float> : &alu<Raw32<FNeg, false>, float, float>) : (ftz ? &alu<Raw32<FAbs, true>, float, float> : &alu<Raw32<FAbs, false>, float, float>), 1, klass);
-    if (t == "f64") return emit(neg ? &alu<F64<FNeg>, double, double> : &alu<F64<FAbs>, double, double>, 1, klass);
+    if (t == "f32")
+      return emit(
+          neg ? (ftz ? &alu<Raw32<FNeg, true>, float, float> : &alu<Raw32<FNeg, false>, float, float>)
+              : (ftz ? &alu<Raw32<FAbs, true>, float, float> : &alu<Raw32<FAbs, false>, float, float>),
+          1, klass);
+    if (t == "f64")
+      return emit(neg ? &alu<F64<FNeg>, double, double> : &alu<F64<FAbs>, double, double>, 1, klass);
     if (ftz) m.fail(".ftz of neg and abs on halves is not supported");
-    if (bytes == 2) return emit(neg ? &alu<Neg16, uint16_t, uint16_t> : &alu<Abs16, uint16_t, uint16_t>, 1, klass);
-    return emit(neg ? &alu<Pair<Neg16>, uint32_t, uint32_t> : &alu<Pair<Abs16>, uint32_t, uint32_t>, 1, klass);
+    if (bytes == 2)
+      return emit(neg ? &alu<Neg16, uint16_t, uint16_t> : &alu<Abs16, uint16_t, uint16_t>, 1, klass);
+    return emit(neg ? &alu<Pair<Neg16>, uint32_t, uint32_t> : &alu<Pair<Abs16>, uint32_t, uint32_t>, 1,
+                klass);
   }
   if (op == "min" || op == "max") {
     bool nan = m.take("NaN"), mx = op == "max";
     if (m.take("xorsign")) m.fail(".xorsign.abs is not supported");
     if (half) {
-      return emit(nan ? (mx ? half_handler<FMaxNan, 2>(t, ftz, 0) : half_handler<FMinNan, 2>(t, ftz, 0)) : (mx ? half_handler<FMax, 2>(t, ftz, 0) : half_handler<FMin, 2>(t, ftz, 0)), 2, klass);
+      return emit(nan ? (mx ? half_handler<FMaxNan, 2>(t, ftz, 0) : half_handler<FMinNan, 2>(t, ftz, 0))
+                      : (mx ? half_handler<FMax, 2>(t, ftz, 0) : half_handler<FMin, 2>(t, ftz, 0)),
+                  2, klass);
     }
-    if (t == "f64") return emit(mx ? &alu<F64<FMax>, double, double, double> : &alu<F64<FMin>, double, double, double>, 2, klass);
-    return emit(nan ? (mx ? f32_handler<FMaxNan, 2>(ftz, false) : f32_handler<FMinNan, 2>(ftz, false)) : (mx ? f32_handler<FMax, 2>(ftz, false) : f32_handler<FMin, 2>(ftz, false)), 2, klass);
+    if (t == "f64")
+      return emit(mx ? &alu<F64<FMax>, double, double, double> : &alu<F64<FMin>, double, double, double>, 2,
+                  klass);
+    return emit(nan ? (mx ? f32_handler<FMaxNan, 2>(ftz, false) : f32_handler<FMinNan, 2>(ftz, false))
+                    : (mx ? f32_handler<FMax, 2>(ftz, false) : f32_handler<FMin, 2>(ftz, false)),
+                2, klass);
   }
   bool sat = m.take("sat"), relu = m.take("relu");
   bool approx = m.take("approx"), full = m.take("full");
@@ -237,23 +392,36 @@ bool decode_float(Decoder& d, const Instruction& s) {
       if (t[0] == 'b' && op != "fma") d.require(78, 90, "add, sub and mul of bf16");
       if (relu && op != "fma") m.fail("unknown modifier .relu");
       int clamp = sat ? 1 : relu ? 2 : 0;
-      Handler h = op == "add" ? half_handler<FAdd, 2>(t, ftz, clamp) : op == "sub" ? half_handler<FSub, 2>(t, ftz, clamp) : op == "mul" ? half_handler<FMul, 2>(t, ftz, clamp) : half_handler<FFma, 3>(t, ftz, clamp);
+      Handler h = op == "add"   ? half_handler<FAdd, 2>(t, ftz, clamp)
+                  : op == "sub" ? half_handler<FSub, 2>(t, ftz, clamp)
+                  : op == "mul" ? half_handler<FMul, 2>(t, ftz, clamp)
+                                : half_handler<FFma, 3>(t, ftz, clamp);
       return emit(h, n, klass);
     }
     if (relu) m.fail("unknown modifier .relu");
     if (t == "f64") {
       if (ftz || sat) m.fail("unknown modifier for .f64");
-      Handler h = op == "add" ? (r == rn ? &alu<F64<FAdd>, double, double, double> : fenv_handler<FAdd, double, 2>(r))
-                : op == "sub" ? (r == rn ? &alu<F64<FSub>, double, double, double> : fenv_handler<FSub, double, 2>(r))
-                : op == "mul" ? (r == rn ? &alu<F64<FMul>, double, double, double> : fenv_handler<FMul, double, 2>(r))
-                              : (r == rn ? &alu<F64<FFma>, double, double, double, double> : fenv_handler<FFma, double, 3>(r));
+      Handler h = op == "add"
+                      ? (r == rn ? &alu<F64<FAdd>, double, double, double> : fenv_handler<FAdd, double, 2>(r))
+                  : op == "sub"
+                      ? (r == rn ? &alu<F64<FSub>, double, double, double> : fenv_handler<FSub, double, 2>(r))
+                  : op == "mul"
+                      ? (r == rn ? &alu<F64<FMul>, double, double, double> : fenv_handler<FMul, double, 2>(r))
+                      : (r == rn ? &alu<F64<FFma>, double, double, double, double>
+                                 : fenv_handler<FFma, double, 3>(r));
       return emit(h, n, klass);
     }
     Handler h;
     if (r == rn)
-      h = op == "add" ? f32_handler<FAdd, 2>(ftz, sat) : op == "sub" ? f32_handler<FSub, 2>(ftz, sat) : op == "mul" ? f32_handler<FMul, 2>(ftz, sat) : f32_handler<FFma, 3>(ftz, sat);
+      h = op == "add"   ? f32_handler<FAdd, 2>(ftz, sat)
+          : op == "sub" ? f32_handler<FSub, 2>(ftz, sat)
+          : op == "mul" ? f32_handler<FMul, 2>(ftz, sat)
+                        : f32_handler<FFma, 3>(ftz, sat);
     else
-      h = op == "add" ? directed32<DAdd, 2>(r, ftz, sat) : op == "sub" ? directed32<DSub, 2>(r, ftz, sat) : op == "mul" ? directed32<DMul, 2>(r, ftz, sat) : directed32<DFma, 3>(r, ftz, sat);
+      h = op == "add"   ? directed32<DAdd, 2>(r, ftz, sat)
+          : op == "sub" ? directed32<DSub, 2>(r, ftz, sat)
+          : op == "mul" ? directed32<DMul, 2>(r, ftz, sat)
+                        : directed32<DFma, 3>(r, ftz, sat);
     return emit(h, n, klass);
   }
   if (sat || relu) m.fail("unknown modifier .sat or .relu");
@@ -262,30 +430,42 @@ bool decode_float(Decoder& d, const Instruction& s) {
     if (half) m.fail("type ." + t + " is not supported here");
     if (!approx && !full && round_name.empty()) m.fail("expected .approx or a rounding");
     if (t == "f64") {
-      Handler h = op == "div" ? (r == rn ? &alu<F64<FDiv>, double, double, double> : fenv_handler<FDiv, double, 2>(r))
-                : op == "rcp" ? (r == rn ? &alu<F64<FRcp>, double, double> : fenv_handler<FRcp, double, 1>(r))
-                              : (r == rn ? &alu<F64<FSqrt>, double, double> : fenv_handler<FSqrt, double, 1>(r));
+      Handler h =
+          op == "div" ? (r == rn ? &alu<F64<FDiv>, double, double, double> : fenv_handler<FDiv, double, 2>(r))
+          : op == "rcp" ? (r == rn ? &alu<F64<FRcp>, double, double> : fenv_handler<FRcp, double, 1>(r))
+                        : (r == rn ? &alu<F64<FSqrt>, double, double> : fenv_handler<FSqrt, double, 1>(r));
       return emit(h, n, klass);
     }
     if (r != rn) {
       if (ftz) m.fail("directed rounding with .ftz is not supported here");
-      return emit(op == "div" ? fenv_handler<FDiv, float, 2>(r) : op == "rcp" ? fenv_handler<FRcp, float, 1>(r) : fenv_handler<FSqrt, float, 1>(r), n, "special");
+      return emit(op == "div"   ? fenv_handler<FDiv, float, 2>(r)
+                  : op == "rcp" ? fenv_handler<FRcp, float, 1>(r)
+                                : fenv_handler<FSqrt, float, 1>(r),
+                  n, "special");
     }
-    return emit(op == "div" ? f32_handler<FDiv, 2>(ftz, false) : op == "rcp" ? f32_handler<FRcp, 1>(ftz, false) : f32_handler<FSqrt, 1>(ftz, false), n, "special");
+    return emit(op == "div"   ? f32_handler<FDiv, 2>(ftz, false)
+                : op == "rcp" ? f32_handler<FRcp, 1>(ftz, false)
+                              : f32_handler<FSqrt, 1>(ftz, false),
+                n, "special");
   }
   if (!round_name.empty() || full) m.fail("unknown modifier for " + op);
   if (!approx) m.fail("expected .approx");
   if (half) {
     if (op != "ex2" && op != "tanh") m.fail("type ." + t + " is not supported here");
     if (t[0] == 'b') d.require(78, 90, "ex2 and tanh of bf16");
-    return emit(op == "ex2" ? half_handler<FEx2, 1>(t, ftz, 0) : half_handler<FTanh, 1>(t, ftz, 0), 1, "special");
+    return emit(op == "ex2" ? half_handler<FEx2, 1>(t, ftz, 0) : half_handler<FTanh, 1>(t, ftz, 0), 1,
+                "special");
   }
   if (t == "f64") {
     if (op == "rsqrt") return emit(&alu<F64<FRsqrt>, double, double>, 1, "special");
     m.fail("type .f64 is not supported here");
   }
-  Handler h = op == "rsqrt" ? f32_handler<FRsqrt, 1>(ftz, false) : op == "sin" ? f32_handler<FSin, 1>(ftz, false) : op == "cos" ? f32_handler<FCos, 1>(ftz, false)
-            : op == "ex2" ? f32_handler<FEx2, 1>(ftz, false) : op == "lg2" ? f32_handler<FLg2, 1>(ftz, false) : f32_handler<FTanh, 1>(ftz, false);
+  Handler h = op == "rsqrt" ? f32_handler<FRsqrt, 1>(ftz, false)
+              : op == "sin" ? f32_handler<FSin, 1>(ftz, false)
+              : op == "cos" ? f32_handler<FCos, 1>(ftz, false)
+              : op == "ex2" ? f32_handler<FEx2, 1>(ftz, false)
+              : op == "lg2" ? f32_handler<FLg2, 1>(ftz, false)
+                            : f32_handler<FTanh, 1>(ftz, false);
   return emit(h, 1, "special");
 }
 

@@ -8,75 +8,279 @@ namespace mgm::emulator {
 namespace {
 
 template <class T>
-using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
-                                std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+using Wide =
+    std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+                       std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
 template <class T>
 using U = std::make_unsigned_t<T>;
 
-struct Add { template <class T> static T call(T a, T b) { return static_cast<T>(U<T>(a) + U<T>(b)); } };
-struct AddSat { template <class T> static T call(T a, T b) { T r; return __builtin_add_overflow(a, b, &r) ? (b < 0 ? std::numeric_limits<T>::min() : std::numeric_limits<T>::max()) : r; } };
-struct SubSat { template <class T> static T call(T a, T b) { T r; return __builtin_sub_overflow(a, b, &r) ? (b > 0 ? std::numeric_limits<T>::min() : std::numeric_limits<T>::max()) : r; } };
-struct Sub { template <class T> static T call(T a, T b) { return static_cast<T>(U<T>(a) - U<T>(b)); } };
-struct MulLo { template <class T> static T call(T a, T b) { return static_cast<T>(static_cast<Wide<U<T>>>(U<T>(a)) * U<T>(b)); } };
-struct MulHi { template <class T> static T call(T a, T b) { return static_cast<T>((static_cast<Wide<T>>(a) * b) >> (8 * sizeof(T))); } };
-template <class R> struct MulWide { template <class T> static R call(T a, T b) { return static_cast<R>(a) * static_cast<R>(b); } };
-struct MadLo { template <class T> static T call(T a, T b, T c) { return Add::call(MulLo::call(a, b), c); } };
-struct MadHi { template <class T> static T call(T a, T b, T c) { return Add::call(MulHi::call(a, b), c); } };
-struct MadHiSat { template <class T> static T call(T a, T b, T c) { return AddSat::call(MulHi::call(a, b), c); } };
-template <class R> struct MadWide { template <class T> static R call(T a, T b, R c) { return Add::call(MulWide<R>::call(a, b), c); } };
-template <class T> int64_t low24(T a) { return std::is_signed_v<T> ? static_cast<int32_t>(static_cast<uint32_t>(a) << 8) >> 8 : static_cast<int64_t>(static_cast<uint32_t>(a) & 0xffffff); }
-struct Mul24Lo { template <class T> static T call(T a, T b) { return static_cast<T>(low24(a) * low24(b)); } };
-struct Mul24Hi { template <class T> static T call(T a, T b) { return static_cast<T>((low24(a) * low24(b)) >> 16); } };
-struct Mad24Lo { template <class T> static T call(T a, T b, T c) { return Add::call(Mul24Lo::call(a, b), c); } };
+struct Add {
+  template <class T>
+  static T call(T a, T b) {
+    return static_cast<T>(U<T>(a) + U<T>(b));
+  }
+};
+struct AddSat {
+  template <class T>
+  static T call(T a, T b) {
+    T r;
+    return __builtin_add_overflow(a, b, &r)
+               ? (b < 0 ? std::numeric_limits<T>::min() : std::numeric_limits<T>::max())
+               : r;
+  }
+};
+struct SubSat {
+  template <class T>
+  static T call(T a, T b) {
+    T r;
+    return __builtin_sub_overflow(a, b, &r)
+               ? (b > 0 ? std::numeric_limits<T>::min() : std::numeric_limits<T>::max())
+               : r;
+  }
+};
+struct Sub {
+  template <class T>
+  static T call(T a, T b) {
+    return static_cast<T>(U<T>(a) - U<T>(b));
+  }
+};
+struct MulLo {
+  template <class T>
+  static T call(T a, T b) {
+    return static_cast<T>(static_cast<Wide<U<T>>>(U<T>(a)) * U<T>(b));
+  }
+};
+struct MulHi {
+  template <class T>
+  static T call(T a, T b) {
+    return static_cast<T>((static_cast<Wide<T>>(a) * b) >> (8 * sizeof(T)));
+  }
+};
+template <class R>
+struct MulWide {
+  template <class T>
+  static R call(T a, T b) {
+    return static_cast<R>(a) * static_cast<R>(b);
+  }
+};
+struct MadLo {
+  template <class T>
+  static T call(T a, T b, T c) {
+    return Add::call(MulLo::call(a, b), c);
+  }
+};
+struct MadHi {
+  template <class T>
+  static T call(T a, T b, T c) {
+    return Add::call(MulHi::call(a, b), c);
+  }
+};
+struct MadHiSat {
+  template <class T>
+  static T call(T a, T b, T c) {
+    return AddSat::call(MulHi::call(a, b), c);
+  }
+};
+template <class R>
+struct MadWide {
+  template <class T>
+  static R call(T a, T b, R c) {
+    return Add::call(MulWide<R>::call(a, b), c);
+  }
+};
+template <class T>
+int64_t low24(T a) {
+  return std::is_signed_v<T> ? static_cast<int32_t>(static_cast<uint32_t>(a) << 8) >> 8
+                             : static_cast<int64_t>(static_cast<uint32_t>(a) & 0xffffff);
+}
+struct Mul24Lo {
+  template <class T>
+  static T call(T a, T b) {
+    return static_cast<T>(low24(a) * low24(b));
+  }
+};
+struct Mul24Hi {
+  template <class T>
+  static T call(T a, T b) {
+    return static_cast<T>((low24(a) * low24(b)) >> 16);
+  }
+};
+struct Mad24Lo {
+  template <class T>
+  static T call(T a, T b, T c) {
+    return Add::call(Mul24Lo::call(a, b), c);
+  }
+};
 // Division by zero gives all ones on the hardware, the remainder gives the dividend.
-struct Div { template <class T> static T call(T a, T b) {
-  if (b == 0) return static_cast<T>(-1);
-  if constexpr (std::is_signed_v<T>) if (b == -1) return static_cast<T>(U<T>(0) - U<T>(a));
-  return static_cast<T>(a / b); } };
-struct Rem { template <class T> static T call(T a, T b) {
-  if (b == 0) return a;
-  if constexpr (std::is_signed_v<T>) if (b == -1) return 0;
-  return static_cast<T>(a % b); } };
-struct Min { template <class T> static T call(T a, T b) { return a < b ? a : b; } };
-struct Max { template <class T> static T call(T a, T b) { return a > b ? a : b; } };
-struct Abs { template <class T> static T call(T a) { return a < 0 ? static_cast<T>(U<T>(0) - U<T>(a)) : a; } };
-struct Neg { template <class T> static T call(T a) { return static_cast<T>(U<T>(0) - U<T>(a)); } };
-struct Sad { template <class T> static T call(T a, T b, T c) { return static_cast<T>(U<T>(c) + (a < b ? U<T>(b) - U<T>(a) : U<T>(a) - U<T>(b))); } };
-struct And { template <class T> static T call(T a, T b) { return a & b; } };
-struct Or { template <class T> static T call(T a, T b) { return a | b; } };
-struct Xor { template <class T> static T call(T a, T b) { return a ^ b; } };
-struct Not { template <class T> static T call(T a) { return static_cast<T>(~a); } };
-struct CNot { template <class T> static T call(T a) { return a == 0; } };
-struct Copy { template <class T> static T call(T a) { return a; } };
-struct Shl { template <class T> static T call(T a, uint32_t n) { return n >= 8 * sizeof(T) ? T(0) : static_cast<T>(U<T>(a) << n); } };
-struct Shr { template <class T> static T call(T a, uint32_t n) { return n >= 8 * sizeof(T) ? static_cast<T>(a < 0 ? -1 : 0) : static_cast<T>(a >> n); } };
-struct ShfLClamp { static uint32_t call(uint32_t a, uint32_t b, uint32_t c) { uint32_t n = std::min(c, 32u); return n == 32 ? a : n == 0 ? b : b << n | a >> (32 - n); } };
-struct ShfLWrap { static uint32_t call(uint32_t a, uint32_t b, uint32_t c) { return ShfLClamp::call(a, b, c & 31); } };
-struct ShfRClamp { static uint32_t call(uint32_t a, uint32_t b, uint32_t c) { uint32_t n = std::min(c, 32u); return n == 32 ? b : n == 0 ? a : b << (32 - n) | a >> n; } };
-struct ShfRWrap { static uint32_t call(uint32_t a, uint32_t b, uint32_t c) { return ShfRClamp::call(a, b, c & 31); } };
-struct Popc { template <class T> static uint32_t call(T a) { return static_cast<uint32_t>(__builtin_popcountll(a)); } };
-struct Clz { template <class T> static uint32_t call(T a) { return a == 0 ? 8 * sizeof(T) : sizeof(T) == 8 ? __builtin_clzll(a) : __builtin_clz(static_cast<uint32_t>(a)); } };
-struct Brev { template <class T> static T call(T a) { T r = 0; for (size_t i = 0; i < 8 * sizeof(T); ++i) r |= (a >> i & 1) << (8 * sizeof(T) - 1 - i); return r; } };
-template <bool Shift> struct Bfind { template <class T> static uint32_t call(T a) {
-  U<T> v = U<T>(a);
-  if (a < 0) v = ~v;
-  if (v == 0) return ~0u;
-  uint32_t top = 8 * sizeof(T) - 1 - Clz::call(v);
-  return Shift ? 8 * sizeof(T) - 1 - top : top; } };
-struct Bfe { template <class T> static T call(T a, uint32_t b, uint32_t c) {
-  constexpr uint32_t top = 8 * sizeof(T) - 1;
-  uint32_t pos = b & 0xff, len = c & 0xff;
-  bool sign = std::is_signed_v<T> && len && (U<T>(a) >> std::min(pos + len - 1, top) & 1);
-  U<T> v = pos > top ? 0 : U<T>(a) >> pos;
-  uint32_t have = pos > top ? 0 : std::min(len, top + 1 - pos);
-  U<T> keep = have > top ? ~U<T>(0) : (U<T>(1) << have) - 1;
-  return static_cast<T>((v & keep) | (sign ? static_cast<U<T>>(~keep) : 0)); } };
-struct Bfi { template <class T> static T call(T a, T b, uint32_t c, uint32_t d) {
-  constexpr uint32_t size = 8 * sizeof(T);
-  uint32_t pos = c & 0xff, len = std::min(d & 0xff, size);
-  if (pos >= size || len == 0) return b;
-  T keep = len >= size ? ~T(0) : (T(1) << len) - 1;
-  return (b & ~(keep << pos)) | (a & keep) << pos; } };
+struct Div {
+  template <class T>
+  static T call(T a, T b) {
+    if (b == 0) return static_cast<T>(-1);
+    if constexpr (std::is_signed_v<T>)
+      if (b == -1) return static_cast<T>(U<T>(0) - U<T>(a));
+    return static_cast<T>(a / b);
+  }
+};
+struct Rem {
+  template <class T>
+  static T call(T a, T b) {
+    if (b == 0) return a;
+    if constexpr (std::is_signed_v<T>)
+      if (b == -1) return 0;
+    return static_cast<T>(a % b);
+  }
+};
+struct Min {
+  template <class T>
+  static T call(T a, T b) {
+    return a < b ? a : b;
+  }
+};
+struct Max {
+  template <class T>
+  static T call(T a, T b) {
+    return a > b ? a : b;
+  }
+};
+struct Abs {
+  template <class T>
+  static T call(T a) {
+    return a < 0 ? static_cast<T>(U<T>(0) - U<T>(a)) : a;
+  }
+};
+struct Neg {
+  template <class T>
+  static T call(T a) {
+    return static_cast<T>(U<T>(0) - U<T>(a));
+  }
+};
+struct Sad {
+  template <class T>
+  static T call(T a, T b, T c) {
+    return static_cast<T>(U<T>(c) + (a < b ? U<T>(b) - U<T>(a) : U<T>(a) - U<T>(b)));
+  }
+};
+struct And {
+  template <class T>
+  static T call(T a, T b) {
+    return a & b;
+  }
+};
+struct Or {
+  template <class T>
+  static T call(T a, T b) {
+    return a | b;
+  }
+};
+struct Xor {
+  template <class T>
+  static T call(T a, T b) {
+    return a ^ b;
+  }
+};
+struct Not {
+  template <class T>
+  static T call(T a) {
+    return static_cast<T>(~a);
+  }
+};
+struct CNot {
+  template <class T>
+  static T call(T a) {
+    return a == 0;
+  }
+};
+struct Copy {
+  template <class T>
+  static T call(T a) {
+    return a;
+  }
+};
+struct Shl {
+  template <class T>
+  static T call(T a, uint32_t n) {
+    return n >= 8 * sizeof(T) ? T(0) : static_cast<T>(U<T>(a) << n);
+  }
+};
+struct Shr {
+  template <class T>
+  static T call(T a, uint32_t n) {
+    return n >= 8 * sizeof(T) ? static_cast<T>(a < 0 ? -1 : 0) : static_cast<T>(a >> n);
+  }
+};
+struct ShfLClamp {
+  static uint32_t call(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t n = std::min(c, 32u);
+    return n == 32 ? a : n == 0 ? b : b << n | a >> (32 - n);
+  }
+};
+struct ShfLWrap {
+  static uint32_t call(uint32_t a, uint32_t b, uint32_t c) { return ShfLClamp::call(a, b, c & 31); }
+};
+struct ShfRClamp {
+  static uint32_t call(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t n = std::min(c, 32u);
+    return n == 32 ? b : n == 0 ? a : b << (32 - n) | a >> n;
+  }
+};
+struct ShfRWrap {
+  static uint32_t call(uint32_t a, uint32_t b, uint32_t c) { return ShfRClamp::call(a, b, c & 31); }
+};
+struct Popc {
+  template <class T>
+  static uint32_t call(T a) {
+    return static_cast<uint32_t>(__builtin_popcountll(a));
+  }
+};
+struct Clz {
+  template <class T>
+  static uint32_t call(T a) {
+    return a == 0           ? 8 * sizeof(T)
+           : sizeof(T) == 8 ? __builtin_clzll(a)
+                            : __builtin_clz(static_cast<uint32_t>(a));
+  }
+};
+struct Brev {
+  template <class T>
+  static T call(T a) {
+    T r = 0;
+    for (size_t i = 0; i < 8 * sizeof(T); ++i) r |= (a >> i & 1) << (8 * sizeof(T) - 1 - i);
+    return r;
+  }
+};
+template <bool Shift>
+struct Bfind {
+  template <class T>
+  static uint32_t call(T a) {
+    U<T> v = U<T>(a);
+    if (a < 0) v = ~v;
+    if (v == 0) return ~0u;
+    uint32_t top = 8 * sizeof(T) - 1 - Clz::call(v);
+    return Shift ? 8 * sizeof(T) - 1 - top : top;
+  }
+};
+struct Bfe {
+  template <class T>
+  static T call(T a, uint32_t b, uint32_t c) {
+    constexpr uint32_t top = 8 * sizeof(T) - 1;
+    uint32_t pos = b & 0xff, len = c & 0xff;
+    bool sign = std::is_signed_v<T> && len && (U<T>(a) >> std::min(pos + len - 1, top) & 1);
+    U<T> v = pos > top ? 0 : U<T>(a) >> pos;
+    uint32_t have = pos > top ? 0 : std::min(len, top + 1 - pos);
+    U<T> keep = have > top ? ~U<T>(0) : (U<T>(1) << have) - 1;
+    return static_cast<T>((v & keep) | (sign ? static_cast<U<T>>(~keep) : 0));
+  }
+};
+struct Bfi {
+  template <class T>
+  static T call(T a, T b, uint32_t c, uint32_t d) {
+    constexpr uint32_t size = 8 * sizeof(T);
+    uint32_t pos = c & 0xff, len = std::min(d & 0xff, size);
+    if (pos >= size || len == 0) return b;
+    T keep = len >= size ? ~T(0) : (T(1) << len) - 1;
+    return (b & ~(keep << pos)) | (a & keep) << pos;
+  }
+};
 void lop3(Warp& w, const Inst& in, uint32_t m) {
   const uint32_t *a = w.src<uint32_t>(in.o[1]), *b = w.src<uint32_t>(in.o[2]), *c = w.src<uint32_t>(in.o[3]);
   uint32_t t[32];
@@ -94,29 +298,58 @@ uint32_t select_byte(uint64_t ab, uint32_t s) {
   uint32_t b = static_cast<uint32_t>(ab >> (8 * (s & 7))) & 0xff;
   return s & 8 ? (b & 0x80 ? 0xff : 0) : b;
 }
-template <int Mode> struct Prmt { static uint32_t call(uint32_t a, uint32_t b, uint32_t c) {
-  uint64_t ab = a | static_cast<uint64_t>(b) << 32;
-  uint32_t r = 0, k = c & 3;
-  for (uint32_t i = 0; i < 4; ++i) {
-    uint32_t s;
-    switch (Mode) {
-      case 0: s = c >> (4 * i) & 15; break;
-      case 1: s = k + i; break;              // f4e
-      case 2: s = (k - i) & 7; break;        // b4e
-      case 3: s = k; break;                  // rc8
-      case 4: s = std::max(i, k); break;     // ecl
-      case 5: s = std::min(i, k); break;     // ecr
-      default: s = (k & 1) * 2 + (i & 1);    // rc16
+template <int Mode>
+struct Prmt {
+  static uint32_t call(uint32_t a, uint32_t b, uint32_t c) {
+    uint64_t ab = a | static_cast<uint64_t>(b) << 32;
+    uint32_t r = 0, k = c & 3;
+    for (uint32_t i = 0; i < 4; ++i) {
+      uint32_t s;
+      switch (Mode) {
+        case 0:
+          s = c >> (4 * i) & 15;
+          break;
+        case 1:
+          s = k + i;
+          break;  // f4e
+        case 2:
+          s = (k - i) & 7;
+          break;  // b4e
+        case 3:
+          s = k;
+          break;  // rc8
+        case 4:
+          s = std::max(i, k);
+          break;  // ecl
+        case 5:
+          s = std::min(i, k);
+          break;  // ecr
+        default:
+          s = (k & 1) * 2 + (i & 1);  // rc16
+      }
+      r |= select_byte(ab, s) << (8 * i);
     }
-    r |= select_byte(ab, s) << (8 * i);
+    return r;
   }
-  return r; } };
-template <class A, class B> struct Dp4a { static uint32_t call(uint32_t a, uint32_t b, uint32_t c) {
-  for (int i = 0; i < 4; ++i) c += static_cast<uint32_t>(static_cast<int32_t>(static_cast<A>(a >> (8 * i))) * static_cast<int32_t>(static_cast<B>(b >> (8 * i))));
-  return c; } };
-template <class A, class B, int Hi> struct Dp2a { static uint32_t call(uint32_t a, uint32_t b, uint32_t c) {
-  for (int i = 0; i < 2; ++i) c += static_cast<uint32_t>(static_cast<int32_t>(static_cast<A>(a >> (16 * i))) * static_cast<int32_t>(static_cast<B>(b >> (8 * i + 16 * Hi))));
-  return c; } };
+};
+template <class A, class B>
+struct Dp4a {
+  static uint32_t call(uint32_t a, uint32_t b, uint32_t c) {
+    for (int i = 0; i < 4; ++i)
+      c += static_cast<uint32_t>(static_cast<int32_t>(static_cast<A>(a >> (8 * i))) *
+                                 static_cast<int32_t>(static_cast<B>(b >> (8 * i))));
+    return c;
+  }
+};
+template <class A, class B, int Hi>
+struct Dp2a {
+  static uint32_t call(uint32_t a, uint32_t b, uint32_t c) {
+    for (int i = 0; i < 2; ++i)
+      c += static_cast<uint32_t>(static_cast<int32_t>(static_cast<A>(a >> (16 * i))) *
+                                 static_cast<int32_t>(static_cast<B>(b >> (8 * i + 16 * Hi))));
+    return c;
+  }
+};
 
 // Carry flag: a predicate register of the decoder's, shared by all carry forms of the function.
 template <class T, bool Subtract>
@@ -144,9 +377,12 @@ void carry(Warp& w, const Inst& in, uint32_t m) {  // o: d, carry-out; a, b, car
 
 template <class F, int N, class T>
 Handler same() {
-  if constexpr (N == 1) return &alu<F, T, T>;
-  else if constexpr (N == 2) return &alu<F, T, T, T>;
-  else return &alu<F, T, T, T, T>;
+  if constexpr (N == 1)
+    return &alu<F, T, T>;
+  else if constexpr (N == 2)
+    return &alu<F, T, T, T>;
+  else
+    return &alu<F, T, T, T, T>;
 }
 template <class F, int N>
 Handler by_type(Decoder& d, const std::string& t) {
@@ -168,33 +404,64 @@ Handler shift(Decoder& d, const std::string& t) {
   if (t == "s64") return &alu<F, int64_t, int64_t, uint32_t>;
   d.fail("type ." + t + " is not supported here");
 }
-bool is_integer(const std::string& t) { return t.size() >= 2 && (t[0] == 'u' || t[0] == 's') && std::isdigit(static_cast<unsigned char>(t[1])); }
+bool is_integer(const std::string& t) {
+  return t.size() >= 2 && (t[0] == 'u' || t[0] == 's') && std::isdigit(static_cast<unsigned char>(t[1]));
+}
 
 // setp / set: comparisons. f16 and bf16 compare as floats.
-struct H { uint16_t v; };
-struct B { uint16_t v; };
-template <class T> auto val(T v) { if constexpr (std::is_same_v<T, H>) return from_half(v.v); else if constexpr (std::is_same_v<T, B>) return from_bf16(v.v); else return v; }
+struct H {
+  uint16_t v;
+};
+struct B {
+  uint16_t v;
+};
+template <class T>
+auto val(T v) {
+  if constexpr (std::is_same_v<T, H>)
+    return from_half(v.v);
+  else if constexpr (std::is_same_v<T, B>)
+    return from_bf16(v.v);
+  else
+    return v;
+}
 enum Cmp : uint8_t { eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, geu, num, nan_ };
 template <class T, int C, bool Ftz>
 inline bool compare(T x, T y) {
   auto a = val(x), b = val(y);
-  if constexpr (Ftz && std::is_same_v<decltype(a), float>) { a = flush(a); b = flush(b); }
+  if constexpr (Ftz && std::is_same_v<decltype(a), float>) {
+    a = flush(a);
+    b = flush(b);
+  }
   bool un = a != a || b != b;
   switch (C) {
-    case eq: return a == b;
-    case ne: return !un && a != b;
-    case lt: return a < b;
-    case le: return a <= b;
-    case gt: return a > b;
-    case ge: return a >= b;
-    case equ: return un || a == b;
-    case neu: return un || a != b;
-    case ltu: return un || a < b;
-    case leu: return un || a <= b;
-    case gtu: return un || a > b;
-    case geu: return un || a >= b;
-    case num: return !un;
-    default: return un;
+    case eq:
+      return a == b;
+    case ne:
+      return !un && a != b;
+    case lt:
+      return a < b;
+    case le:
+      return a <= b;
+    case gt:
+      return a > b;
+    case ge:
+      return a >= b;
+    case equ:
+      return un || a == b;
+    case neu:
+      return un || a != b;
+    case ltu:
+      return un || a < b;
+    case leu:
+      return un || a <= b;
+    case gtu:
+      return un || a > b;
+    case geu:
+      return un || a >= b;
+    case num:
+      return !un;
+    default:
+      return un;
   }
 }
 template <class T, int C, bool Ftz>
@@ -241,7 +508,8 @@ Handler comparison(Decoder& d, const std::string& t, std::string c, bool ftz) {
     if (c == "hi") c = "gt";
     if (c == "hs") c = "ge";
   }
-  static const char* names[] = {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
+  static const char* names[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",  "equ",
+                                "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
   int k = -1;
   for (int i = 0; i < (is_float ? 14 : 6); ++i)
     if (c == names[i]) k = i;
@@ -254,7 +522,8 @@ Handler comparison(Decoder& d, const std::string& t, std::string c, bool ftz) {
   if (t == "s32") return by_compare<int32_t, false, Value>(k, ints);
   if (t == "u64" || t == "b64") return by_compare<uint64_t, false, Value>(k, ints);
   if (t == "s64") return by_compare<int64_t, false, Value>(k, ints);
-  if (t == "f32") return ftz ? by_compare<float, true, Value>(k, floats) : by_compare<float, false, Value>(k, floats);
+  if (t == "f32")
+    return ftz ? by_compare<float, true, Value>(k, floats) : by_compare<float, false, Value>(k, floats);
   if (t == "f64") return by_compare<double, false, Value>(k, floats);
   if (t == "f16") return by_compare<H, false, Value>(k, floats);
   if (t == "bf16") return by_compare<B, false, Value>(k, floats);
@@ -270,20 +539,47 @@ void setp_x2(Warp& w, const Inst& in, uint32_t m) {
       float fx = in.bytes ? from_bf16(x) : from_half(x), fy = in.bytes ? from_bf16(y) : from_half(y);
       bool un = fx != fx || fy != fy, v;
       switch (in.vec) {
-        case eq: v = fx == fy; break;
-        case ne: v = !un && fx != fy; break;
-        case lt: v = fx < fy; break;
-        case le: v = fx <= fy; break;
-        case gt: v = fx > fy; break;
-        case ge: v = fx >= fy; break;
-        case equ: v = un || fx == fy; break;
-        case neu: v = un || fx != fy; break;
-        case ltu: v = un || fx < fy; break;
-        case leu: v = un || fx <= fy; break;
-        case gtu: v = un || fx > fy; break;
-        case geu: v = un || fx >= fy; break;
-        case num: v = !un; break;
-        default: v = un;
+        case eq:
+          v = fx == fy;
+          break;
+        case ne:
+          v = !un && fx != fy;
+          break;
+        case lt:
+          v = fx < fy;
+          break;
+        case le:
+          v = fx <= fy;
+          break;
+        case gt:
+          v = fx > fy;
+          break;
+        case ge:
+          v = fx >= fy;
+          break;
+        case equ:
+          v = un || fx == fy;
+          break;
+        case neu:
+          v = un || fx != fy;
+          break;
+        case ltu:
+          v = un || fx < fy;
+          break;
+        case leu:
+          v = un || fx <= fy;
+          break;
+        case gtu:
+          v = un || fx > fy;
+          break;
+        case geu:
+          v = un || fx >= fy;
+          break;
+        case num:
+          v = !un;
+          break;
+        default:
+          v = un;
       }
       r[h] |= static_cast<uint32_t>(v) << i;
     }
@@ -291,7 +587,9 @@ void setp_x2(Warp& w, const Inst& in, uint32_t m) {
     uint32_t one = in.bytes ? 0x3f80 : 0x3c00;
     if (in.target == 2) one = 0xffff;
     uint32_t lo = combine(w, in, r[0]), hi = combine(w, in, r[1]);
-    each_lane(m, [&](int i) { w.dst<uint32_t>(in.o[0])[i] = (lo >> i & 1 ? one : 0) | (hi >> i & 1 ? one << 16 : 0); });
+    each_lane(m, [&](int i) {
+      w.dst<uint32_t>(in.o[0])[i] = (lo >> i & 1 ? one : 0) | (hi >> i & 1 ? one << 16 : 0);
+    });
     return;
   }
   uint32_t p = combine(w, in, r[0]), q = combine(w, in, r[1]);
@@ -340,21 +638,29 @@ void unpack(Warp& w, const Inst& in, uint32_t m) {
   uint64_t v[32];
   for (int i = 0; i < 32; ++i) v[i] = w.value(in, in.outputs, i);
   each_lane(m, [&](int i) {
-    for (int k = 0; k < in.outputs; ++k) w.set(in, k, i, v[i] >> (8 * in.bytes * k) & ((1ull << (8 * in.bytes)) - 1));
+    for (int k = 0; k < in.outputs; ++k)
+      w.set(in, k, i, v[i] >> (8 * in.bytes * k) & ((1ull << (8 * in.bytes)) - 1));
   });
 }
 void clock_now(Warp& w, const Inst& in, uint32_t m) {
-  uint64_t v = in.mode == 1 ? static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count()) : w.instructions * 4 + 1;
+  uint64_t v = in.mode == 1
+                   ? static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())
+                   : w.instructions * 4 + 1;
   if (in.mode == 2) v >>= 32;
   each_lane(m, [&](int i) { w.set(in, 0, i, v); });
 }
 template <class T>
-Handler mov_of() { return &alu<Copy, T, T>; }
+Handler mov_of() {
+  return &alu<Copy, T, T>;
+}
 Handler mov_width(Decoder& d, int bytes) {
   switch (bytes) {
-    case 2: return mov_of<uint16_t>();
-    case 4: return mov_of<uint32_t>();
-    case 8: return mov_of<uint64_t>();
+    case 2:
+      return mov_of<uint16_t>();
+    case 4:
+      return mov_of<uint32_t>();
+    case 8:
+      return mov_of<uint64_t>();
   }
   d.fail("mov of " + std::to_string(bytes) + " bytes is not supported");
 }
@@ -373,21 +679,26 @@ void mov(Decoder& d, const Instruction& s) {
   int bytes = static_cast<int>(type_bytes(t, s.line));
   if (from.kind == Operand::vector && to.kind != Operand::vector) {
     int each = bytes / static_cast<int>(from.items.size());
-    if (each * static_cast<int>(from.items.size()) != bytes || from.items.size() > 8) d.fail("cannot pack that many elements into ." + t);
+    if (each * static_cast<int>(from.items.size()) != bytes || from.items.size() > 8)
+      d.fail("cannot pack that many elements into ." + t);
     std::vector<Shape> in;
-    for (const Operand& o : from.items) in.push_back(each == 1 ? d.in(o, "") : d.in(o, each == 2 ? "b16" : each == 4 ? "b32" : "b64"));
+    for (const Operand& o : from.items)
+      in.push_back(each == 1 ? d.in(o, "") : d.in(o, each == 2 ? "b16" : each == 4 ? "b32" : "b64"));
     Inst& i = d.emit(&pack, "mov", std::vector<Shape>{d.out(to, bytes)}, in);
     i.bytes = static_cast<uint8_t>(each);
   } else if (to.kind == Operand::vector && from.kind != Operand::vector) {
     int each = bytes / static_cast<int>(to.items.size());
-    if (each * static_cast<int>(to.items.size()) != bytes || to.items.size() > 8) d.fail("cannot unpack ." + t + " into that many elements");
+    if (each * static_cast<int>(to.items.size()) != bytes || to.items.size() > 8)
+      d.fail("cannot unpack ." + t + " into that many elements");
     std::vector<Shape> out;
-    for (const Operand& o : to.items) out.push_back(o.text == "_" ? d.scratch(std::max(each, 2)) : d.out(o, each == 1 ? 0 : each));
+    for (const Operand& o : to.items)
+      out.push_back(o.text == "_" ? d.scratch(std::max(each, 2)) : d.out(o, each == 1 ? 0 : each));
     Inst& i = d.emit(&unpack, "mov", out, std::vector<Shape>{d.in(from, t)});
     i.bytes = static_cast<uint8_t>(each);
   } else {
     if (from.kind == Operand::name) {
-      static const std::pair<const char*, int> clocks[] = {{"%clock", 0}, {"%clock64", 0}, {"%clock_hi", 2}, {"%globaltimer", 1}, {"%globaltimer_lo", 1}};
+      static const std::pair<const char*, int> clocks[] = {
+          {"%clock", 0}, {"%clock64", 0}, {"%clock_hi", 2}, {"%globaltimer", 1}, {"%globaltimer_lo", 1}};
       for (auto [name, mode] : clocks)
         if (from.text == name) {
           Inst& i = d.emit(&clock_now, "mov", {d.out(to, bytes)}, {});
@@ -416,7 +727,8 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     auto two = [&](Handler h, const char* klass = "int") {
       m.finish();
       d.operands(3);
-      d.emit(h, klass, {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))}, {d.in(d.operand(1), t), d.in(d.operand(2), t)});
+      d.emit(h, klass, {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))},
+             {d.in(d.operand(1), t), d.in(d.operand(2), t)});
       return true;
     };
     int bytes = static_cast<int>(type_bytes(t, s.line));
@@ -424,15 +736,24 @@ bool decode_integer(Decoder& d, const Instruction& s) {
       m.finish();
       d.operands(3);
       bool sub = op == "sub";
-      Handler h = bytes == 4 ? (sub ? &carry<uint32_t, true> : &carry<uint32_t, false>) : bytes == 8 ? (sub ? &carry<uint64_t, true> : &carry<uint64_t, false>) : nullptr;
+      Handler h = bytes == 4   ? (sub ? &carry<uint32_t, true> : &carry<uint32_t, false>)
+                  : bytes == 8 ? (sub ? &carry<uint64_t, true> : &carry<uint64_t, false>)
+                               : nullptr;
       if (!h) d.fail("type ." + t + " has no carry form");
       Shape flag = d.pred_name("%carry flag");
-      Inst& i = d.emit(h, "int", {d.out(d.operand(0), bytes), flag}, {d.in(d.operand(1), t), d.in(d.operand(2), t), flag});
+      Inst& i = d.emit(h, "int", {d.out(d.operand(0), bytes), flag},
+                       {d.in(d.operand(1), t), d.in(d.operand(2), t), flag});
       i.mode = 2;
       return true;
     }
-    if (op == "add") return sat ? (t == "s32" ? two(&alu<AddSat, int32_t, int32_t, int32_t>) : (d.fail("add.sat is for .s32"), true)) : two(by_type<Add, 2>(d, t));
-    if (op == "sub") return sat ? (t == "s32" ? two(&alu<SubSat, int32_t, int32_t, int32_t>) : (d.fail("sub.sat is for .s32"), true)) : two(by_type<Sub, 2>(d, t));
+    if (op == "add")
+      return sat ? (t == "s32" ? two(&alu<AddSat, int32_t, int32_t, int32_t>)
+                               : (d.fail("add.sat is for .s32"), true))
+                 : two(by_type<Add, 2>(d, t));
+    if (op == "sub")
+      return sat ? (t == "s32" ? two(&alu<SubSat, int32_t, int32_t, int32_t>)
+                               : (d.fail("sub.sat is for .s32"), true))
+                 : two(by_type<Sub, 2>(d, t));
     if (op == "div") return two(by_type<Div, 2>(d, t));
     if (op == "rem") return two(by_type<Rem, 2>(d, t));
     if (op == "min" || op == "max") {
@@ -443,7 +764,8 @@ bool decode_integer(Decoder& d, const Instruction& s) {
       m.finish();
       d.operands(2);
       if (t[0] != 's') d.fail(op + " is for signed types");
-      d.emit(op == "abs" ? by_type<Abs, 1>(d, t) : by_type<Neg, 1>(d, t), "int", {d.out(d.operand(0), bytes)}, {d.in(d.operand(1), t)});
+      d.emit(op == "abs" ? by_type<Abs, 1>(d, t) : by_type<Neg, 1>(d, t), "int", {d.out(d.operand(0), bytes)},
+             {d.in(d.operand(1), t)});
       return true;
     }
     std::string part = m.any({"lo", "hi", "wide"});
@@ -453,8 +775,11 @@ bool decode_integer(Decoder& d, const Instruction& s) {
       if (part == "hi") return two(by_type<MulHi, 2>(d, t));
       m.finish();
       d.operands(3);
-      Handler h = t == "u16" ? &alu<MulWide<uint32_t>, uint32_t, uint16_t, uint16_t> : t == "s16" ? &alu<MulWide<int32_t>, int32_t, int16_t, int16_t>
-                : t == "u32" ? &alu<MulWide<uint64_t>, uint64_t, uint32_t, uint32_t> : t == "s32" ? &alu<MulWide<int64_t>, int64_t, int32_t, int32_t> : nullptr;
+      Handler h = t == "u16"   ? &alu<MulWide<uint32_t>, uint32_t, uint16_t, uint16_t>
+                  : t == "s16" ? &alu<MulWide<int32_t>, int32_t, int16_t, int16_t>
+                  : t == "u32" ? &alu<MulWide<uint64_t>, uint64_t, uint32_t, uint32_t>
+                  : t == "s32" ? &alu<MulWide<int64_t>, int64_t, int32_t, int32_t>
+                               : nullptr;
       if (!h) d.fail("mul.wide." + t + " does not exist");
       d.emit(h, "int", {d.out(d.operand(0), 2 * bytes)}, {d.in(d.operand(1), t), d.in(d.operand(2), t)});
       return true;
@@ -463,16 +788,22 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     m.finish();
     d.operands(4);
     if (part == "wide") {
-      Handler h = t == "u16" ? &alu<MadWide<uint32_t>, uint32_t, uint16_t, uint16_t, uint32_t> : t == "s16" ? &alu<MadWide<int32_t>, int32_t, int16_t, int16_t, int32_t>
-                : t == "u32" ? &alu<MadWide<uint64_t>, uint64_t, uint32_t, uint32_t, uint64_t> : t == "s32" ? &alu<MadWide<int64_t>, int64_t, int32_t, int32_t, int64_t> : nullptr;
+      Handler h = t == "u16"   ? &alu<MadWide<uint32_t>, uint32_t, uint16_t, uint16_t, uint32_t>
+                  : t == "s16" ? &alu<MadWide<int32_t>, int32_t, int16_t, int16_t, int32_t>
+                  : t == "u32" ? &alu<MadWide<uint64_t>, uint64_t, uint32_t, uint32_t, uint64_t>
+                  : t == "s32" ? &alu<MadWide<int64_t>, int64_t, int32_t, int32_t, int64_t>
+                               : nullptr;
       if (!h || cc || sat) d.fail("mad.wide with these modifiers does not exist");
-      d.emit(h, "int", {d.out(d.operand(0), 2 * bytes)}, {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), bytes == 2 ? "b32" : "b64")});
+      d.emit(h, "int", {d.out(d.operand(0), 2 * bytes)},
+             {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), bytes == 2 ? "b32" : "b64")});
       return true;
     }
     if (cc) {
       Shape p = d.scratch(bytes), flag = d.pred_name("%carry flag");
-      d.emit(part == "lo" ? by_type<MulLo, 2>(d, t) : by_type<MulHi, 2>(d, t), "int", {p}, {d.in(d.operand(1), t), d.in(d.operand(2), t)});
-      Inst& i = d.emit(bytes == 8 ? &carry<uint64_t, false> : &carry<uint32_t, false>, "int", {d.out(d.operand(0), bytes), flag}, {p, d.in(d.operand(3), t), flag});
+      d.emit(part == "lo" ? by_type<MulLo, 2>(d, t) : by_type<MulHi, 2>(d, t), "int", {p},
+             {d.in(d.operand(1), t), d.in(d.operand(2), t)});
+      Inst& i = d.emit(bytes == 8 ? &carry<uint64_t, false> : &carry<uint32_t, false>, "int",
+                       {d.out(d.operand(0), bytes), flag}, {p, d.in(d.operand(3), t), flag});
       if (bytes < 4) d.fail("mad.cc is for 32 and 64 bits");
       i.mode = 2;
       return true;
@@ -482,7 +813,8 @@ bool decode_integer(Decoder& d, const Instruction& s) {
       if (t != "s32" || part != "hi") d.fail("mad.sat is for .hi.s32");
       h = &alu<MadHiSat, int32_t, int32_t, int32_t, int32_t>;
     }
-    d.emit(h, "int", {d.out(d.operand(0), bytes)}, {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
+    d.emit(h, "int", {d.out(d.operand(0), bytes)},
+           {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
     return true;
   }
   if (op == "addc" || op == "subc" || op == "madc") {
@@ -498,7 +830,8 @@ bool decode_integer(Decoder& d, const Instruction& s) {
       d.operands(4);
       if (part.empty()) d.fail("expected .lo or .hi");
       a = d.scratch(bytes);
-      d.emit(part == "lo" ? by_type<MulLo, 2>(d, t) : by_type<MulHi, 2>(d, t), "int", {a}, {d.in(d.operand(1), t), d.in(d.operand(2), t)});
+      d.emit(part == "lo" ? by_type<MulLo, 2>(d, t) : by_type<MulHi, 2>(d, t), "int", {a},
+             {d.in(d.operand(1), t), d.in(d.operand(2), t)});
       b = d.in(d.operand(3), t);
     } else {
       d.operands(3);
@@ -506,7 +839,8 @@ bool decode_integer(Decoder& d, const Instruction& s) {
       b = d.in(d.operand(2), t);
     }
     bool sub = op == "subc";
-    Handler h = bytes == 4 ? (sub ? &carry<uint32_t, true> : &carry<uint32_t, false>) : (sub ? &carry<uint64_t, true> : &carry<uint64_t, false>);
+    Handler h = bytes == 4 ? (sub ? &carry<uint32_t, true> : &carry<uint32_t, false>)
+                           : (sub ? &carry<uint64_t, true> : &carry<uint64_t, false>);
     Inst& i = d.emit(h, "int", {d.out(d.operand(0), bytes), flag}, {a, b, flag});
     i.mode = cc ? 3 : 1;
     return true;
@@ -514,16 +848,21 @@ bool decode_integer(Decoder& d, const Instruction& s) {
   if (op == "mul24" || op == "mad24") {
     std::string t = m.type(), part = m.any({"lo", "hi"});
     m.finish();
-    if ((t != "u32" && t != "s32") || part.empty() || (op == "mad24" && part == "hi")) d.fail("this form is not supported");
+    if ((t != "u32" && t != "s32") || part.empty() || (op == "mad24" && part == "hi"))
+      d.fail("this form is not supported");
     bool sg = t == "s32";
     if (op == "mul24") {
-      Handler h = part == "lo" ? (sg ? &alu<Mul24Lo, int32_t, int32_t, int32_t> : &alu<Mul24Lo, uint32_t, uint32_t, uint32_t>)
-                               : (sg ? &alu<Mul24Hi, int32_t, int32_t, int32_t> : &alu<Mul24Hi, uint32_t, uint32_t, uint32_t>);
+      Handler h =
+          part == "lo"
+              ? (sg ? &alu<Mul24Lo, int32_t, int32_t, int32_t> : &alu<Mul24Lo, uint32_t, uint32_t, uint32_t>)
+              : (sg ? &alu<Mul24Hi, int32_t, int32_t, int32_t> : &alu<Mul24Hi, uint32_t, uint32_t, uint32_t>);
       d.operands(3);
       d.emit(h, "int", {d.out(d.operand(0), 4)}, {d.in(d.operand(1), t), d.in(d.operand(2), t)});
     } else {
       d.operands(4);
-      d.emit(sg ? &alu<Mad24Lo, int32_t, int32_t, int32_t, int32_t> : &alu<Mad24Lo, uint32_t, uint32_t, uint32_t, uint32_t>, "int", {d.out(d.operand(0), 4)},
+      d.emit(sg ? &alu<Mad24Lo, int32_t, int32_t, int32_t, int32_t>
+                : &alu<Mad24Lo, uint32_t, uint32_t, uint32_t, uint32_t>,
+             "int", {d.out(d.operand(0), 4)},
              {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
     }
     return true;
@@ -532,7 +871,8 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     std::string t = m.type();
     m.finish();
     d.operands(4);
-    d.emit(by_type<Sad, 3>(d, t), "int", {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))}, {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
+    d.emit(by_type<Sad, 3>(d, t), "int", {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))},
+           {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
     return true;
   }
   if (op == "and" || op == "or" || op == "xor" || op == "not") {
@@ -541,7 +881,10 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     bool one = op == "not";
     d.operands(one ? 2 : 3);
     if (t == "pred") {
-      Handler h = op == "and" ? &logic_pred<0> : op == "or" ? &logic_pred<1> : op == "xor" ? &logic_pred<2> : &logic_pred<3>;
+      Handler h = op == "and"   ? &logic_pred<0>
+                  : op == "or"  ? &logic_pred<1>
+                  : op == "xor" ? &logic_pred<2>
+                                : &logic_pred<3>;
       std::vector<Shape> in{d.pred_in(d.operand(1))};
       if (!one) in.push_back(d.pred_in(d.operand(2)));
       Inst& i = d.emit(h, "logic", std::vector<Shape>{d.pred_out(d.operand(0))}, in);
@@ -551,7 +894,10 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     if (t[0] != 'b') d.fail("expected a .b type");
     std::vector<Shape> in{d.in(d.operand(1), t)};
     if (!one) in.push_back(d.in(d.operand(2), t));
-    Handler h = op == "and" ? by_type<And, 2>(d, t) : op == "or" ? by_type<Or, 2>(d, t) : op == "xor" ? by_type<Xor, 2>(d, t) : by_type<Not, 1>(d, t);
+    Handler h = op == "and"   ? by_type<And, 2>(d, t)
+                : op == "or"  ? by_type<Or, 2>(d, t)
+                : op == "xor" ? by_type<Xor, 2>(d, t)
+                              : by_type<Not, 1>(d, t);
     d.emit(h, "logic", std::vector<Shape>{d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))}, in);
     return true;
   }
@@ -559,14 +905,17 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     std::string t = m.type();
     m.finish();
     d.operands(2);
-    d.emit(by_type<CNot, 1>(d, t), "logic", {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))}, {d.in(d.operand(1), t)});
+    d.emit(by_type<CNot, 1>(d, t), "logic", {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))},
+           {d.in(d.operand(1), t)});
     return true;
   }
   if (op == "shl" || op == "shr") {
     std::string t = m.type();
     m.finish();
     d.operands(3);
-    d.emit(op == "shl" ? shift<Shl>(d, t) : shift<Shr>(d, t), "int", {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))}, {d.in(d.operand(1), t), d.in(d.operand(2), "u32")});
+    d.emit(op == "shl" ? shift<Shl>(d, t) : shift<Shr>(d, t), "int",
+           {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))},
+           {d.in(d.operand(1), t), d.in(d.operand(2), "u32")});
     return true;
   }
   if (op == "shf") {
@@ -574,9 +923,12 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     m.finish();
     d.operands(4);
     if (side.empty() || mode.empty() || t != "b32") d.fail("expected shf.{l,r}.{clamp,wrap}.b32");
-    Handler h = side == "l" ? (mode == "wrap" ? &alu<ShfLWrap, uint32_t, uint32_t, uint32_t, uint32_t> : &alu<ShfLClamp, uint32_t, uint32_t, uint32_t, uint32_t>)
-                            : (mode == "wrap" ? &alu<ShfRWrap, uint32_t, uint32_t, uint32_t, uint32_t> : &alu<ShfRClamp, uint32_t, uint32_t, uint32_t, uint32_t>);
-    d.emit(h, "int", {d.out(d.operand(0), 4)}, {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
+    Handler h = side == "l" ? (mode == "wrap" ? &alu<ShfLWrap, uint32_t, uint32_t, uint32_t, uint32_t>
+                                              : &alu<ShfLClamp, uint32_t, uint32_t, uint32_t, uint32_t>)
+                            : (mode == "wrap" ? &alu<ShfRWrap, uint32_t, uint32_t, uint32_t, uint32_t>
+                                              : &alu<ShfRClamp, uint32_t, uint32_t, uint32_t, uint32_t>);
+    d.emit(h, "int", {d.out(d.operand(0), 4)},
+           {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
     return true;
   }
   if (op == "popc" || op == "clz" || op == "brev" || op == "bfind") {
@@ -588,11 +940,18 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     if (bytes < 4) d.fail("type ." + t + " is not supported here");
     bool wide = bytes == 8;
     Handler h;
-    if (op == "popc") h = wide ? &alu<Popc, uint32_t, uint64_t> : &alu<Popc, uint32_t, uint32_t>;
-    else if (op == "clz") h = wide ? &alu<Clz, uint32_t, uint64_t> : &alu<Clz, uint32_t, uint32_t>;
-    else if (op == "brev") h = wide ? &alu<Brev, uint64_t, uint64_t> : &alu<Brev, uint32_t, uint32_t>;
-    else if (t[0] == 's') h = amount ? (wide ? &alu<Bfind<true>, uint32_t, int64_t> : &alu<Bfind<true>, uint32_t, int32_t>) : (wide ? &alu<Bfind<false>, uint32_t, int64_t> : &alu<Bfind<false>, uint32_t, int32_t>);
-    else h = amount ? (wide ? &alu<Bfind<true>, uint32_t, uint64_t> : &alu<Bfind<true>, uint32_t, uint32_t>) : (wide ? &alu<Bfind<false>, uint32_t, uint64_t> : &alu<Bfind<false>, uint32_t, uint32_t>);
+    if (op == "popc")
+      h = wide ? &alu<Popc, uint32_t, uint64_t> : &alu<Popc, uint32_t, uint32_t>;
+    else if (op == "clz")
+      h = wide ? &alu<Clz, uint32_t, uint64_t> : &alu<Clz, uint32_t, uint32_t>;
+    else if (op == "brev")
+      h = wide ? &alu<Brev, uint64_t, uint64_t> : &alu<Brev, uint32_t, uint32_t>;
+    else if (t[0] == 's')
+      h = amount ? (wide ? &alu<Bfind<true>, uint32_t, int64_t> : &alu<Bfind<true>, uint32_t, int32_t>)
+                 : (wide ? &alu<Bfind<false>, uint32_t, int64_t> : &alu<Bfind<false>, uint32_t, int32_t>);
+    else
+      h = amount ? (wide ? &alu<Bfind<true>, uint32_t, uint64_t> : &alu<Bfind<true>, uint32_t, uint32_t>)
+                 : (wide ? &alu<Bfind<false>, uint32_t, uint64_t> : &alu<Bfind<false>, uint32_t, uint32_t>);
     d.emit(h, "int", {d.out(d.operand(0), op == "brev" ? bytes : 4)}, {d.in(d.operand(1), t)});
     return true;
   }
@@ -603,13 +962,19 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     if (bytes < 4) d.fail("type ." + t + " is not supported here");
     if (op == "bfe") {
       d.operands(4);
-      Handler h = t == "u32" ? &alu<Bfe, uint32_t, uint32_t, uint32_t, uint32_t> : t == "s32" ? &alu<Bfe, int32_t, int32_t, uint32_t, uint32_t>
-                : t == "u64" ? &alu<Bfe, uint64_t, uint64_t, uint32_t, uint32_t> : &alu<Bfe, int64_t, int64_t, uint32_t, uint32_t>;
-      d.emit(h, "int", {d.out(d.operand(0), bytes)}, {d.in(d.operand(1), t), d.in(d.operand(2), "u32"), d.in(d.operand(3), "u32")});
+      Handler h = t == "u32"   ? &alu<Bfe, uint32_t, uint32_t, uint32_t, uint32_t>
+                  : t == "s32" ? &alu<Bfe, int32_t, int32_t, uint32_t, uint32_t>
+                  : t == "u64" ? &alu<Bfe, uint64_t, uint64_t, uint32_t, uint32_t>
+                               : &alu<Bfe, int64_t, int64_t, uint32_t, uint32_t>;
+      d.emit(h, "int", {d.out(d.operand(0), bytes)},
+             {d.in(d.operand(1), t), d.in(d.operand(2), "u32"), d.in(d.operand(3), "u32")});
     } else {
       d.operands(5);
-      d.emit(bytes == 4 ? &alu<Bfi, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t> : &alu<Bfi, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t>, "int", {d.out(d.operand(0), bytes)},
-             {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), "u32"), d.in(d.operand(4), "u32")});
+      d.emit(bytes == 4 ? &alu<Bfi, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>
+                        : &alu<Bfi, uint64_t, uint64_t, uint64_t, uint32_t, uint32_t>,
+             "int", {d.out(d.operand(0), bytes)},
+             {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), "u32"),
+              d.in(d.operand(4), "u32")});
     }
     return true;
   }
@@ -619,7 +984,8 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     if (t != "b32") d.fail("expected lop3.b32");
     d.operands(5);
     if (d.operand(4).kind != Operand::integer) d.fail("expected an immediate table for lop3");
-    Inst& i = d.emit(&lop3, "logic", {d.out(d.operand(0), 4)}, {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
+    Inst& i = d.emit(&lop3, "logic", {d.out(d.operand(0), 4)},
+                     {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
     i.imm = d.operand(4).value & 0xff;
     return true;
   }
@@ -628,11 +994,15 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     m.finish();
     d.operands(4);
     if (t.empty()) d.fail("expected prmt.b32");
-    Handler h = mode == "" ? &alu<Prmt<0>, uint32_t, uint32_t, uint32_t, uint32_t> : mode == "f4e" ? &alu<Prmt<1>, uint32_t, uint32_t, uint32_t, uint32_t>
-              : mode == "b4e" ? &alu<Prmt<2>, uint32_t, uint32_t, uint32_t, uint32_t> : mode == "rc8" ? &alu<Prmt<3>, uint32_t, uint32_t, uint32_t, uint32_t>
-              : mode == "ecl" ? &alu<Prmt<4>, uint32_t, uint32_t, uint32_t, uint32_t> : mode == "ecr" ? &alu<Prmt<5>, uint32_t, uint32_t, uint32_t, uint32_t>
-              : &alu<Prmt<6>, uint32_t, uint32_t, uint32_t, uint32_t>;
-    d.emit(h, "int", {d.out(d.operand(0), 4)}, {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
+    Handler h = mode == ""      ? &alu<Prmt<0>, uint32_t, uint32_t, uint32_t, uint32_t>
+                : mode == "f4e" ? &alu<Prmt<1>, uint32_t, uint32_t, uint32_t, uint32_t>
+                : mode == "b4e" ? &alu<Prmt<2>, uint32_t, uint32_t, uint32_t, uint32_t>
+                : mode == "rc8" ? &alu<Prmt<3>, uint32_t, uint32_t, uint32_t, uint32_t>
+                : mode == "ecl" ? &alu<Prmt<4>, uint32_t, uint32_t, uint32_t, uint32_t>
+                : mode == "ecr" ? &alu<Prmt<5>, uint32_t, uint32_t, uint32_t, uint32_t>
+                                : &alu<Prmt<6>, uint32_t, uint32_t, uint32_t, uint32_t>;
+    d.emit(h, "int", {d.out(d.operand(0), 4)},
+           {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
     return true;
   }
   if (op == "dp4a" || op == "dp2a") {
@@ -640,17 +1010,28 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     std::string b = m.type(), a = m.type();
     m.finish();
     d.operands(4);
-    if ((a != "u32" && a != "s32") || (b != "u32" && b != "s32") || (op == "dp2a" && half.empty())) d.fail("this form does not exist");
+    if ((a != "u32" && a != "s32") || (b != "u32" && b != "s32") || (op == "dp2a" && half.empty()))
+      d.fail("this form does not exist");
     bool sa = a == "s32", sb = b == "s32";
     using u32 = uint32_t;
     Handler h;
     if (op == "dp4a")
-      h = sa ? (sb ? &alu<Dp4a<int8_t, int8_t>, u32, u32, u32, u32> : &alu<Dp4a<int8_t, uint8_t>, u32, u32, u32, u32>) : (sb ? &alu<Dp4a<uint8_t, int8_t>, u32, u32, u32, u32> : &alu<Dp4a<uint8_t, uint8_t>, u32, u32, u32, u32>);
+      h = sa ? (sb ? &alu<Dp4a<int8_t, int8_t>, u32, u32, u32, u32>
+                   : &alu<Dp4a<int8_t, uint8_t>, u32, u32, u32, u32>)
+             : (sb ? &alu<Dp4a<uint8_t, int8_t>, u32, u32, u32, u32>
+                   : &alu<Dp4a<uint8_t, uint8_t>, u32, u32, u32, u32>);
     else if (half == "lo")
-      h = sa ? (sb ? &alu<Dp2a<int16_t, int8_t, 0>, u32, u32, u32, u32> : &alu<Dp2a<int16_t, uint8_t, 0>, u32, u32, u32, u32>) : (sb ? &alu<Dp2a<uint16_t, int8_t, 0>, u32, u32, u32, u32> : &alu<Dp2a<uint16_t, uint8_t, 0>, u32, u32, u32, u32>);
+      h = sa ? (sb ? &alu<Dp2a<int16_t, int8_t, 0>, u32, u32, u32, u32>
+                   : &alu<Dp2a<int16_t, uint8_t, 0>, u32, u32, u32, u32>)
+             : (sb ? &alu<Dp2a<uint16_t, int8_t, 0>, u32, u32, u32, u32>
+                   : &alu<Dp2a<uint16_t, uint8_t, 0>, u32, u32, u32, u32>);
     else
-      h = sa ? (sb ? &alu<Dp2a<int16_t, int8_t, 1>, u32, u32, u32, u32> : &alu<Dp2a<int16_t, uint8_t, 1>, u32, u32, u32, u32>) : (sb ? &alu<Dp2a<uint16_t, int8_t, 1>, u32, u32, u32, u32> : &alu<Dp2a<uint16_t, uint8_t, 1>, u32, u32, u32, u32>);
-    d.emit(h, "int", {d.out(d.operand(0), 4)}, {d.in(d.operand(1), "b32"), d.in(d.operand(2), "b32"), d.in(d.operand(3), "b32")});
+      h = sa ? (sb ? &alu<Dp2a<int16_t, int8_t, 1>, u32, u32, u32, u32>
+                   : &alu<Dp2a<int16_t, uint8_t, 1>, u32, u32, u32, u32>)
+             : (sb ? &alu<Dp2a<uint16_t, int8_t, 1>, u32, u32, u32, u32>
+                   : &alu<Dp2a<uint16_t, uint8_t, 1>, u32, u32, u32, u32>);
+    d.emit(h, "int", {d.out(d.operand(0), 4)},
+           {d.in(d.operand(1), "b32"), d.in(d.operand(2), "b32"), d.in(d.operand(3), "b32")});
     return true;
   }
   if (op == "setp" || op == "set") {
@@ -670,7 +1051,9 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     Handler h;
     if (op == "setp") {
       outs.push_back(d.pred_out(d.operand(0)));
-      outs.push_back(d.operand(0).second.empty() || d.operand(0).second == "_" ? d.scratch(0) : d.pred_name(d.operand(0).second));
+      outs.push_back(d.operand(0).second.empty() || d.operand(0).second == "_"
+                         ? d.scratch(0)
+                         : d.pred_name(d.operand(0).second));
       h = x2 ? &setp_x2 : comparison<false>(d, t, c, ftz);
     } else {
       outs.push_back(d.out(d.operand(0), static_cast<int>(type_bytes(result, s.line))));
@@ -682,7 +1065,8 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     i.flag = !logic.empty() && d.operand(3).negate;
     i.imm = result == "f32" ? 0x3f800000 : result == "f16" ? 0x3c00 : result == "bf16" ? 0x3f80 : -1;
     if (x2) {
-      static const char* names[] = {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
+      static const char* names[] = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",  "equ",
+                                    "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
       int k = -1;
       for (int j = 0; j < 14; ++j)
         if (c == names[j]) k = j;
@@ -698,7 +1082,10 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     m.finish();
     d.operands(4);
     int bytes = static_cast<int>(type_bytes(t, s.line));
-    Inst& i = d.emit(bytes == 2 ? &selp<uint16_t> : bytes == 4 ? &selp<uint32_t> : &selp<uint64_t>, "selp", {d.out(d.operand(0), bytes)},
+    Inst& i = d.emit(bytes == 2   ? &selp<uint16_t>
+                     : bytes == 4 ? &selp<uint32_t>
+                                  : &selp<uint64_t>,
+                     "selp", {d.out(d.operand(0), bytes)},
                      {d.in(d.operand(1), t), d.in(d.operand(2), t), d.pred_in(d.operand(3))});
     i.flag = d.operand(3).negate;
     return true;
@@ -711,8 +1098,11 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     if (c != "s32" && c != "f32") d.fail("expected .s32 or .f32 for slct's condition");
     int bytes = static_cast<int>(type_bytes(t, s.line));
     bool f = c == "f32";
-    Handler h = bytes == 2 ? (f ? &slct<uint16_t, true> : &slct<uint16_t, false>) : bytes == 4 ? (f ? &slct<uint32_t, true> : &slct<uint32_t, false>) : (f ? &slct<uint64_t, true> : &slct<uint64_t, false>);
-    d.emit(h, "selp", {d.out(d.operand(0), bytes)}, {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), c)});
+    Handler h = bytes == 2   ? (f ? &slct<uint16_t, true> : &slct<uint16_t, false>)
+                : bytes == 4 ? (f ? &slct<uint32_t, true> : &slct<uint32_t, false>)
+                             : (f ? &slct<uint64_t, true> : &slct<uint64_t, false>);
+    d.emit(h, "selp", {d.out(d.operand(0), bytes)},
+           {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), c)});
     return true;
   }
   return false;

@@ -1,8 +1,9 @@
 // ldmatrix and mma.sync.
 //
-// Fragments (PTX ISA, "Matrix fragments for mma.m16n8k*"): with e elements per 32-bit register, group = lane / 4
-// and t = lane % 4, register r of A holds row group + 8 (r & 1), columns t e + j + 4 e (r >> 1); register r of B
-// holds rows t e + j + 4 e r of column group; C and D hold row group + 8 (i >> 1), columns 2 t + (i & 1).
+// Fragments (PTX ISA, "Matrix fragments for mma.m16n8k*"): with e elements per 32-bit register, group = lane
+// / 4 and t = lane % 4, register r of A holds row group + 8 (r & 1), columns t e + j + 4 e (r >> 1); register
+// r of B holds rows t e + j + 4 e r of column group; C and D hold row group + 8 (i >> 1), columns 2 t + (i &
+// 1).
 #include "numeric.h"
 
 namespace mgm::emulator {
@@ -13,7 +14,9 @@ void ldmatrix(Warp& w, const Inst& in, uint32_t m) {
   bool ready;
   w.converge(in, m, "ldmatrix", &ready);
   if (!ready) return;
-  if (w.active != kAll) w.fail(in, __builtin_ctz(w.active), ReportKind::bad_mask, 719, "ldmatrix needs all 32 lanes; mask " + hex(w.active));
+  if (w.active != kAll)
+    w.fail(in, __builtin_ctz(w.active), ReportKind::bad_mask, 719,
+           "ldmatrix needs all 32 lanes; mask " + hex(w.active));
   uint64_t address[32];
   int rows = 8 * in.vec;
   for (int i = 0; i < rows; ++i) {
@@ -26,7 +29,9 @@ void ldmatrix(Warp& w, const Inst& in, uint32_t m) {
     for (int q = 0; q < in.vec; ++q) w.count_access(in, Space::shared, 0xffu << (8 * q), address, 16);
   uint8_t data[32][16];
   for (int i = 0; i < rows; ++i) {
-    if (address[i] & 15) w.fail(in, i, ReportKind::misaligned, 716, "ldmatrix of a row at shared address " + hex(address[i]), address[i]);
+    if (address[i] & 15)
+      w.fail(in, i, ReportKind::misaligned, 716, "ldmatrix of a row at shared address " + hex(address[i]),
+             address[i]);
     std::memcpy(data[i], w.at_shared(in, i, address[i], 16, 1), 16);
   }
   for (int q = 0; q < in.vec; ++q) {
@@ -45,19 +50,30 @@ void ldmatrix(Warp& w, const Inst& in, uint32_t m) {
 }
 
 enum Element : uint8_t { e_f16, e_bf16, e_tf32, e_s8, e_u8, e_s4, e_u4, e_e4m3, e_e5m2 };
-int element_bits(int e) { return e <= e_bf16 ? 16 : e == e_tf32 ? 32 : e == e_s4 || e == e_u4 ? 4 : 8; }
+int element_bits(int e) {
+  return e <= e_bf16 ? 16 : e == e_tf32 ? 32 : e == e_s4 || e == e_u4 ? 4 : 8;
+}
 
 double element(int type, uint32_t reg, int j) {
   switch (type) {
-    case e_f16: return from_half(static_cast<uint16_t>(reg >> (16 * j)));
-    case e_bf16: return from_bf16(static_cast<uint16_t>(reg >> (16 * j)));
-    case e_tf32: return f32(reg & ~0x1fffu);  // the unit reads the upper 19 bits
-    case e_s8: return static_cast<int8_t>(reg >> (8 * j));
-    case e_u8: return static_cast<uint8_t>(reg >> (8 * j));
-    case e_s4: return static_cast<int8_t>(static_cast<uint8_t>(reg >> (4 * j)) << 4) >> 4;
-    case e_u4: return reg >> (4 * j) & 15;
-    case e_e4m3: return from_e4m3(static_cast<uint8_t>(reg >> (8 * j)));
-    default: return from_e5m2(static_cast<uint8_t>(reg >> (8 * j)));
+    case e_f16:
+      return from_half(static_cast<uint16_t>(reg >> (16 * j)));
+    case e_bf16:
+      return from_bf16(static_cast<uint16_t>(reg >> (16 * j)));
+    case e_tf32:
+      return f32(reg & ~0x1fffu);  // the unit reads the upper 19 bits
+    case e_s8:
+      return static_cast<int8_t>(reg >> (8 * j));
+    case e_u8:
+      return static_cast<uint8_t>(reg >> (8 * j));
+    case e_s4:
+      return static_cast<int8_t>(static_cast<uint8_t>(reg >> (4 * j)) << 4) >> 4;
+    case e_u4:
+      return reg >> (4 * j) & 15;
+    case e_e4m3:
+      return from_e4m3(static_cast<uint8_t>(reg >> (8 * j)));
+    default:
+      return from_e5m2(static_cast<uint8_t>(reg >> (8 * j)));
   }
 }
 
@@ -67,16 +83,20 @@ void mma(Warp& w, const Inst& in, uint32_t m) {
   bool ready;
   w.converge(in, m, "mma.sync", &ready);
   if (!ready) return;
-  if (w.active != kAll) w.fail(in, __builtin_ctz(w.active), ReportKind::bad_mask, 719, "mma.sync needs all 32 lanes; mask " + hex(w.active));
+  if (w.active != kAll)
+    w.fail(in, __builtin_ctz(w.active), ReportKind::bad_mask, 719,
+           "mma.sync needs all 32 lanes; mask " + hex(w.active));
   const int k = in.vec, at = in.bytes, bt = in.target, e = 32 / element_bits(at);
   const int nd = in.outputs, na = static_cast<int>(in.imm), nb = na / 2;
-  if (w.block->launch->options.counters) w.block->counters.tensor_flops += static_cast<uint64_t>(2 * 16 * 8 * k);
+  if (w.block->launch->options.counters)
+    w.block->counters.tensor_flops += static_cast<uint64_t>(2 * 16 * 8 * k);
   static thread_local double A[16][64], B[64][8];
   double C[16][8];
   for (int r = 0; r < na; ++r) {
     const uint32_t* p = w.src<uint32_t>(in.o[nd + r]);
     for (int lane = 0; lane < 32; ++lane)
-      for (int j = 0; j < e; ++j) A[lane / 4 + 8 * (r & 1)][lane % 4 * e + j + 4 * e * (r >> 1)] = element(at, p[lane], j);
+      for (int j = 0; j < e; ++j)
+        A[lane / 4 + 8 * (r & 1)][lane % 4 * e + j + 4 * e * (r >> 1)] = element(at, p[lane], j);
   }
   for (int r = 0; r < nb; ++r) {
     const uint32_t* p = w.src<uint32_t>(in.o[nd + na + r]);
@@ -87,9 +107,12 @@ void mma(Warp& w, const Inst& in, uint32_t m) {
     const uint32_t* p = w.src<uint32_t>(in.o[nd + na + nb + r]);
     for (int lane = 0; lane < 32; ++lane) {
       if (in.mode == 1) {
-        for (int h = 0; h < 2; ++h) C[lane / 4 + 8 * r][lane % 4 * 2 + h] = from_half(static_cast<uint16_t>(p[lane] >> (16 * h)));
+        for (int h = 0; h < 2; ++h)
+          C[lane / 4 + 8 * r][lane % 4 * 2 + h] = from_half(static_cast<uint16_t>(p[lane] >> (16 * h)));
       } else {
-        C[lane / 4 + 8 * (r >> 1)][lane % 4 * 2 + (r & 1)] = in.mode == 2 ? static_cast<double>(static_cast<int32_t>(p[lane])) : static_cast<double>(f32(p[lane]));
+        C[lane / 4 + 8 * (r >> 1)][lane % 4 * 2 + (r & 1)] =
+            in.mode == 2 ? static_cast<double>(static_cast<int32_t>(p[lane]))
+                         : static_cast<double>(f32(p[lane]));
       }
     }
   }
@@ -105,7 +128,8 @@ void mma(Warp& w, const Inst& in, uint32_t m) {
     for (int lane = 0; lane < 32; ++lane) {
       if (in.mode == 1) {
         uint32_t v = 0;
-        for (int h = 0; h < 2; ++h) v |= static_cast<uint32_t>(to_half(C[lane / 4 + 8 * r][lane % 4 * 2 + h])) << (16 * h);
+        for (int h = 0; h < 2; ++h)
+          v |= static_cast<uint32_t>(to_half(C[lane / 4 + 8 * r][lane % 4 * 2 + h])) << (16 * h);
         d[lane] = v;
       } else {
         double v = C[lane / 4 + 8 * (r >> 1)][lane % 4 * 2 + (r & 1)];
@@ -170,14 +194,18 @@ bool decode_matrix(Decoder& d, const Instruction& s) {
   if (a < 0 || b < 0) d.fail("unsupported element types");
   int e = 32 / element_bits(a);
   bool integer = a >= e_s8 && a <= e_u4, fp8 = a >= e_e4m3;
-  bool mixed = (integer || fp8) && element_bits(a) == element_bits(b) && (integer == (b >= e_s8 && b <= e_u4));
+  bool mixed =
+      (integer || fp8) && element_bits(a) == element_bits(b) && (integer == (b >= e_s8 && b <= e_u4));
   if (a != b && !mixed) d.fail("unsupported element types");
   if (k != 4 * e && k != 8 * e) d.fail("shape ." + shape + " does not exist for ." + at);
   if (fp8 && k != 32) d.fail("shape ." + shape + " does not exist for ." + at);
-  if (fp8) d.require(84, 89, "mma of fp8");
-  else if (!(a == e_f16 && k == 8)) d.require(70, 80, "this mma");
+  if (fp8)
+    d.require(84, 89, "mma of fp8");
+  else if (!(a == e_f16 && k == 8))
+    d.require(70, 80, "this mma");
   if (ct != dt) d.fail("the types of C and D differ");
-  if (integer ? ct != "s32" : ct != "f32" && !(ct == "f16" && (a == e_f16 || fp8))) d.fail("unsupported accumulator type");
+  if (integer ? ct != "s32" : ct != "f32" && !(ct == "f16" && (a == e_f16 || fp8)))
+    d.fail("unsupported accumulator type");
   if (sat && !integer) d.fail("unknown modifier .satfinite");
   int na = k / (2 * e), nb = na / 2;
   na = 2 * (k / (4 * e));
@@ -188,7 +216,8 @@ bool decode_matrix(Decoder& d, const Instruction& s) {
   auto items = [&](size_t i, int n) {
     const Operand& o = d.operand(i);
     std::vector<Operand> list = o.kind == Operand::vector ? o.items : std::vector<Operand>{o};
-    if (list.size() != static_cast<size_t>(n)) d.fail("expected " + std::to_string(n) + " registers in operand " + std::to_string(i));
+    if (list.size() != static_cast<size_t>(n))
+      d.fail("expected " + std::to_string(n) + " registers in operand " + std::to_string(i));
     return list;
   };
   for (const Operand& o : items(0, nd)) out.push_back(d.out(o, 4));

@@ -7,19 +7,33 @@ namespace mgm::emulator {
 
 // ---- access checks ----
 
-std::byte* Warp::at_global(const Inst& in, int lane, uint64_t address, uint32_t bytes, int kind, uint8_t** init_out) {
+std::byte* Warp::at_global(const Inst& in, int lane, uint64_t address, uint32_t bytes, int kind,
+                           uint8_t** init_out) {
   Launch& l = *block->launch;
   Allocation* a = cached;
   if (!a || address - a->base >= a->bytes) {
     a = l.impl->record(address);
-    if (!a) fail(in, lane, ReportKind::out_of_bounds, 700, std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at " + hex(address) + ", which is no device memory", address);
+    if (!a)
+      fail(in, lane, ReportKind::out_of_bounds, 700,
+           std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at " +
+               hex(address) + ", which is no device memory",
+           address);
     cached = a;
   }
   uint64_t offset = address - a->base;
   if (!a->live.load(std::memory_order_relaxed))
-    fail(in, lane, ReportKind::use_after_free, 700, std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at " + hex(address) + ", in the freed allocation of " + std::to_string(a->bytes) + " bytes at " + hex(a->base), address);
+    fail(in, lane, ReportKind::use_after_free, 700,
+         std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at " +
+             hex(address) + ", in the freed allocation of " + std::to_string(a->bytes) + " bytes at " +
+             hex(a->base),
+         address);
   if (offset > a->bytes || bytes > a->bytes - offset)
-    fail(in, lane, ReportKind::out_of_bounds, 700, std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at " + hex(address) + ", " + std::to_string(offset + bytes - a->bytes) + " bytes past the end of the allocation of " + std::to_string(a->bytes) + " bytes at " + hex(a->base), address);
+    fail(in, lane, ReportKind::out_of_bounds, 700,
+         std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at " +
+             hex(address) + ", " + std::to_string(offset + bytes - a->bytes) +
+             " bytes past the end of the allocation of " + std::to_string(a->bytes) + " bytes at " +
+             hex(a->base),
+         address);
   if (a->init) {
     uint8_t* init = a->init + offset;
     if (init_out) *init_out = init;
@@ -33,7 +47,11 @@ std::byte* Warp::at_global(const Inst& in, int lane, uint64_t address, uint32_t 
         ok = true;
         for (uint32_t i = 0; i < bytes; ++i) ok &= init[i] != 0;
       }
-      if (!ok) note(in, lane, ReportKind::uninitialized_read, "read of " + std::to_string(bytes) + " bytes at " + hex(address) + " of global memory that nothing has written", address);
+      if (!ok)
+        note(in, lane, ReportKind::uninitialized_read,
+             "read of " + std::to_string(bytes) + " bytes at " + hex(address) +
+                 " of global memory that nothing has written",
+             address);
     }
     if (kind & 2) std::memset(init, 1, bytes);
   }
@@ -44,7 +62,11 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
                            const std::byte* value) {
   Block& b = *block;
   if (offset > b.shared_bytes || bytes > b.shared_bytes - offset)
-    fail(in, lane, ReportKind::out_of_bounds, 700, std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at shared address " + hex(offset) + "; the block has " + std::to_string(b.shared_bytes) + " bytes", offset);
+    fail(in, lane, ReportKind::out_of_bounds, 700,
+         std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) +
+             " bytes at shared address " + hex(offset) + "; the block has " + std::to_string(b.shared_bytes) +
+             " bytes",
+         offset);
   if (!b.launch->options.checks) return &b.shared[offset];
   uint8_t* init = &b.shared_init[offset];
   uint8_t all = 1, some = 0;
@@ -53,14 +75,21 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
     some |= init[i];
   }
   if (some & 2) {
-    note(in, lane, ReportKind::shared_race, std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at shared address " + hex(offset) + " before the matching wait for a cp.async", offset);
+    note(in, lane, ReportKind::shared_race,
+         std::string(kind & 2 ? "write" : "read") + " of " + std::to_string(bytes) +
+             " bytes at shared address " + hex(offset) + " before the matching wait for a cp.async",
+         offset);
   } else if (kind & 1 && !(all & 1)) {
-    note(in, lane, ReportKind::uninitialized_read, "read of " + std::to_string(bytes) + " bytes at shared address " + hex(offset) + " that nothing has written", offset);
+    note(in, lane, ReportKind::uninitialized_read,
+         "read of " + std::to_string(bytes) + " bytes at shared address " + hex(offset) +
+             " that nothing has written",
+         offset);
   }
   if (kind & 2)
     for (uint32_t i = 0; i < bytes; ++i) init[i] |= 1;
   const uint64_t mine = clock[static_cast<size_t>(index)];
-  const uint64_t id = (atomic ? uint64_t{1} << 63 : 0) | mine << 10 | static_cast<uint64_t>(index) << 5 | static_cast<uint64_t>(lane);
+  const uint64_t id = (atomic ? uint64_t{1} << 63 : 0) | mine << 10 | static_cast<uint64_t>(index) << 5 |
+                      static_cast<uint64_t>(lane);
   auto ordered = [&](uint64_t v) {
     if (v == 0) return true;
     if (atomic && v >> 63) return true;
@@ -71,17 +100,20 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
   };
   auto race = [&](const char* what, uint64_t v, int line) {
     note(in, lane, ReportKind::shared_race,
-         std::string(what) + " at shared address " + hex(offset) + ": no barrier orders it after the access of thread " + std::to_string(v & 1023) + " (linear)" + (line ? " at PTX line " + std::to_string(line) : ""), offset);
+         std::string(what) + " at shared address " + hex(offset) +
+             ": no barrier orders it after the access of thread " + std::to_string(v & 1023) + " (linear)" +
+             (line ? " at PTX line " + std::to_string(line) : ""),
+         offset);
   };
   size_t g = b.kernel->shared_granule;
   for (size_t c = offset / g; c <= (offset + bytes - 1) / g; ++c) {
     Cell& cell = b.cells[c];
     if (!ordered(cell.writer)) {
       bool same_warp = (cell.writer >> 5 & 31) == static_cast<uint64_t>(index);
-      if (kind & 1)
-        race("read after write", cell.writer, cell.line);
-      // Lanes of one store to one place: one of them wins, as documented. Threads that write the same value, as
-      // compilers let them do for replicated data, change nothing: racecheck counts that as information only.
+      if (kind & 1) race("read after write", cell.writer, cell.line);
+      // Lanes of one store to one place: one of them wins, as documented. Threads that write the same value,
+      // as compilers let them do for replicated data, change nothing: racecheck counts that as information
+      // only.
       else if (!same_warp && !(value && std::memcmp(value, &b.shared[offset], bytes) == 0))
         race("write after write", cell.writer, cell.line);
     }
@@ -93,7 +125,9 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
       cell.writer = id;
       cell.line = in.line;
     } else {
-      uint64_t& slot = cell.readers[0] == 0 || cell.readers[0] == id || ordered(cell.readers[0]) ? cell.readers[0] : cell.readers[1];
+      uint64_t& slot = cell.readers[0] == 0 || cell.readers[0] == id || ordered(cell.readers[0])
+                           ? cell.readers[0]
+                           : cell.readers[1];
       slot = id;
     }
   }
@@ -103,21 +137,36 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
 std::byte* Warp::at(const Inst& in, int lane, Space space, uint64_t address, uint32_t bytes, int kind,
                     const std::byte* value) {
   if (address & (bytes - 1))
-    fail(in, lane, ReportKind::misaligned, 716, "access of " + std::to_string(bytes) + " bytes at " + hex(address), address);
+    fail(in, lane, ReportKind::misaligned, 716,
+         "access of " + std::to_string(bytes) + " bytes at " + hex(address), address);
   if (space == Space::generic) {
     switch (address & kWindowMask) {
-      case kSharedWindow: space = Space::shared; address -= kSharedWindow; break;
-      case kLocalWindow: space = Space::local; address -= kLocalWindow; break;
-      case kParamWindow: space = Space::param; address -= kParamWindow; break;
-      default: space = Space::global;
+      case kSharedWindow:
+        space = Space::shared;
+        address -= kSharedWindow;
+        break;
+      case kLocalWindow:
+        space = Space::local;
+        address -= kLocalWindow;
+        break;
+      case kParamWindow:
+        space = Space::param;
+        address -= kParamWindow;
+        break;
+      default:
+        space = Space::global;
     }
   }
   switch (space) {
-    case Space::shared: return at_shared(in, lane, address, bytes, kind, in.flag & 2, value);
+    case Space::shared:
+      return at_shared(in, lane, address, bytes, kind, in.flag & 2, value);
     case Space::local:
     local:
       if (address > kernel->local_bytes || bytes > kernel->local_bytes - address)
-        fail(in, lane, ReportKind::out_of_bounds, 700, "access of " + std::to_string(bytes) + " bytes at local address " + hex(address) + "; the thread has " + std::to_string(kernel->local_bytes) + " bytes", address);
+        fail(in, lane, ReportKind::out_of_bounds, 700,
+             "access of " + std::to_string(bytes) + " bytes at local address " + hex(address) +
+                 "; the thread has " + std::to_string(kernel->local_bytes) + " bytes",
+             address);
       return &block->local[static_cast<size_t>(index * 32 + lane) * kernel->local_bytes + address];
     case Space::param: {
       if (address & kCallParam) {
@@ -127,10 +176,12 @@ std::byte* Warp::at(const Inst& in, int lane, Space space, uint64_t address, uin
       Launch& l = *block->launch;
       if ((address & kWindowMask) == kParamWindow) address -= kParamWindow;
       if (address > kernel->info.param_bytes || bytes > kernel->info.param_bytes - address || kind & 2)
-        fail(in, lane, ReportKind::out_of_bounds, 700, "access of " + std::to_string(bytes) + " bytes at parameter offset " + hex(address), address);
+        fail(in, lane, ReportKind::out_of_bounds, 700,
+             "access of " + std::to_string(bytes) + " bytes at parameter offset " + hex(address), address);
       return &l.params[address];
     }
-    default: return at_global(in, lane, address, bytes, kind);
+    default:
+      return at_global(in, lane, address, bytes, kind);
   }
 }
 
@@ -191,7 +242,8 @@ void Warp::land(uint32_t mask, uint32_t keep, bool all) {
         std::memset(&block->shared_init[c.shared[i]], 1, c.bytes);
         size_t g = kernel->shared_granule;
         for (size_t k = c.shared[i] / g; k <= (c.shared[i] + c.bytes - 1u) / g; ++k) {
-          block->cells[k].writer = static_cast<uint64_t>(clock[static_cast<size_t>(index)]) << 10 | static_cast<uint64_t>(index) << 5 | static_cast<uint64_t>(i);
+          block->cells[k].writer = static_cast<uint64_t>(clock[static_cast<size_t>(index)]) << 10 |
+                                   static_cast<uint64_t>(index) << 5 | static_cast<uint64_t>(i);
           block->cells[k].line = c.line;
         }
       }
@@ -242,7 +294,8 @@ void store(Warp& w, const Inst& in, uint32_t m) {
     uint64_t a = w.value(in, 0, i) + static_cast<uint64_t>(in.imm);
     address[i] = in.w[0] == 4 ? a & 0xffffffff : a;
   });
-  if (w.block->launch->options.counters && in.space != Space::param && in.space != Space::local) w.count_access(in, in.space, m, address, total);
+  if (w.block->launch->options.counters && in.space != Space::param && in.space != Space::local)
+    w.count_access(in, in.space, m, address, total);
   each_lane(m, [&](int i) {
     std::byte data[32];
     for (int k = 0; k < in.vec; ++k) {
@@ -253,7 +306,8 @@ void store(Warp& w, const Inst& in, uint32_t m) {
   });
 }
 
-// cp.async: shared address, global address, [source bytes or a predicate that ignores the source]; mode 1: bytes, 2: predicate.
+// cp.async: shared address, global address, [source bytes or a predicate that ignores the source]; mode 1:
+// bytes, 2: predicate.
 void copy_async(Warp& w, const Inst& in, uint32_t m) {
   AsyncCopy c;
   c.bytes = in.bytes;
@@ -270,12 +324,19 @@ void copy_async(Warp& w, const Inst& in, uint32_t m) {
     w.count_access(in, Space::shared, m, to, in.bytes);
   }
   each_lane(m, [&](int i) {
-    if (to[i] & (in.bytes - 1u)) w.fail(in, i, ReportKind::misaligned, 716, "cp.async of " + std::to_string(in.bytes) + " bytes to shared address " + hex(to[i]), to[i]);
+    if (to[i] & (in.bytes - 1u))
+      w.fail(in, i, ReportKind::misaligned, 716,
+             "cp.async of " + std::to_string(in.bytes) + " bytes to shared address " + hex(to[i]), to[i]);
     uint32_t n = in.bytes;
     if (in.mode == 1) n = static_cast<uint32_t>(w.value(in, 2, i));
     if (in.mode == 2 && (w.predicate(in.o[2]) >> i & 1) != (in.flag & 1)) n = 0;
-    if (n > in.bytes) w.fail(in, i, ReportKind::illegal_instruction, 715, "the source size " + std::to_string(n) + " of cp.async exceeds its " + std::to_string(in.bytes) + " bytes");
-    if (n && from[i] & (in.bytes - 1u)) w.fail(in, i, ReportKind::misaligned, 716, "cp.async of " + std::to_string(in.bytes) + " bytes from " + hex(from[i]), from[i]);
+    if (n > in.bytes)
+      w.fail(in, i, ReportKind::illegal_instruction, 715,
+             "the source size " + std::to_string(n) + " of cp.async exceeds its " + std::to_string(in.bytes) +
+                 " bytes");
+    if (n && from[i] & (in.bytes - 1u))
+      w.fail(in, i, ReportKind::misaligned, 716,
+             "cp.async of " + std::to_string(in.bytes) + " bytes from " + hex(from[i]), from[i]);
     std::byte* d = w.at_shared(in, i, to[i], in.bytes, 2);
     c.shared[i] = static_cast<uint32_t>(to[i]);
     c.source[i] = n ? w.at_global(in, i, from[i], n, 1) : nullptr;
@@ -291,8 +352,12 @@ void copy_async(Warp& w, const Inst& in, uint32_t m) {
 void commit_group(Warp& w, const Inst&, uint32_t m) {
   each_lane(m, [&](int i) { ++w.group_now[i]; });
 }
-void wait_group(Warp& w, const Inst& in, uint32_t m) { w.land(m, static_cast<uint32_t>(in.imm), false); }
-void wait_all(Warp& w, const Inst&, uint32_t m) { w.land(m, 0, true); }
+void wait_group(Warp& w, const Inst& in, uint32_t m) {
+  w.land(m, static_cast<uint32_t>(in.imm), false);
+}
+void wait_all(Warp& w, const Inst&, uint32_t m) {
+  w.land(m, 0, true);
+}
 
 // ---- atomics ----
 
@@ -305,33 +370,58 @@ uint64_t apply(const Inst& in, uint64_t old, uint64_t b, uint64_t c) {
   switch (in.mode) {
     case a_add:
       switch (in.vec) {
-        case f32_: return bits(canonical(f32(static_cast<uint32_t>(old)) + f32(static_cast<uint32_t>(b))));
-        case f64_: return bits_as<uint64_t>(bits_as<double>(old) + bits_as<double>(b));
-        case f16_: return half_add(static_cast<uint16_t>(old), static_cast<uint16_t>(b));
-        case bf16_: return bf_add(static_cast<uint16_t>(old), static_cast<uint16_t>(b));
-        case f16x2_: return half_add(static_cast<uint16_t>(old), static_cast<uint16_t>(b)) | static_cast<uint64_t>(half_add(static_cast<uint16_t>(old >> 16), static_cast<uint16_t>(b >> 16))) << 16;
-        case bf16x2_: return bf_add(static_cast<uint16_t>(old), static_cast<uint16_t>(b)) | static_cast<uint64_t>(bf_add(static_cast<uint16_t>(old >> 16), static_cast<uint16_t>(b >> 16))) << 16;
-        default: return old + b;
+        case f32_:
+          return bits(canonical(f32(static_cast<uint32_t>(old)) + f32(static_cast<uint32_t>(b))));
+        case f64_:
+          return bits_as<uint64_t>(bits_as<double>(old) + bits_as<double>(b));
+        case f16_:
+          return half_add(static_cast<uint16_t>(old), static_cast<uint16_t>(b));
+        case bf16_:
+          return bf_add(static_cast<uint16_t>(old), static_cast<uint16_t>(b));
+        case f16x2_:
+          return half_add(static_cast<uint16_t>(old), static_cast<uint16_t>(b)) |
+                 static_cast<uint64_t>(
+                     half_add(static_cast<uint16_t>(old >> 16), static_cast<uint16_t>(b >> 16)))
+                     << 16;
+        case bf16x2_:
+          return bf_add(static_cast<uint16_t>(old), static_cast<uint16_t>(b)) |
+                 static_cast<uint64_t>(
+                     bf_add(static_cast<uint16_t>(old >> 16), static_cast<uint16_t>(b >> 16)))
+                     << 16;
+        default:
+          return old + b;
       }
     case a_min:
     case a_max: {
-      bool less = in.vec == s32_ ? static_cast<int32_t>(b) < static_cast<int32_t>(old) : in.vec == s64_ ? static_cast<int64_t>(b) < static_cast<int64_t>(old) : in.vec == u32_ ? static_cast<uint32_t>(b) < static_cast<uint32_t>(old) : b < old;
+      bool less = in.vec == s32_   ? static_cast<int32_t>(b) < static_cast<int32_t>(old)
+                  : in.vec == s64_ ? static_cast<int64_t>(b) < static_cast<int64_t>(old)
+                  : in.vec == u32_ ? static_cast<uint32_t>(b) < static_cast<uint32_t>(old)
+                                   : b < old;
       return less == (in.mode == a_min) ? b : old;
     }
-    case a_and: return old & b;
-    case a_or: return old | b;
-    case a_xor: return old ^ b;
-    case a_exch: return b;
-    case a_cas: return old == b ? c : old;
-    case a_inc: return static_cast<uint32_t>(old) >= static_cast<uint32_t>(b) ? 0 : old + 1;
-    default: return old == 0 || static_cast<uint32_t>(old) > static_cast<uint32_t>(b) ? b : old - 1;
+    case a_and:
+      return old & b;
+    case a_or:
+      return old | b;
+    case a_xor:
+      return old ^ b;
+    case a_exch:
+      return b;
+    case a_cas:
+      return old == b ? c : old;
+    case a_inc:
+      return static_cast<uint32_t>(old) >= static_cast<uint32_t>(b) ? 0 : old + 1;
+    default:
+      return old == 0 || static_cast<uint32_t>(old) > static_cast<uint32_t>(b) ? b : old - 1;
   }
 }
 template <class T>
 uint64_t exchange(const Inst& in, std::byte* p, uint64_t b, uint64_t c) {
   T* t = reinterpret_cast<T*>(p);
   T old = __atomic_load_n(t, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(t, &old, static_cast<T>(apply(in, old, static_cast<T>(b), static_cast<T>(c))), false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+  while (!__atomic_compare_exchange_n(t, &old,
+                                      static_cast<T>(apply(in, old, static_cast<T>(b), static_cast<T>(c))),
+                                      false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
   }
   return old;
 }
@@ -350,18 +440,23 @@ void atomic(Warp& w, const Inst& in, uint32_t m) {
     if (!(m >> i & 1)) continue;
     std::byte* p = w.at(in, i, in.space, address[i], in.bytes, 3);
     uint64_t b = w.value(in, base + 1, i), c = in.count > base + 2 ? w.value(in, base + 2, i) : 0;
-    uint64_t old = in.bytes == 2 ? exchange<uint16_t>(in, p, b, c) : in.bytes == 4 ? exchange<uint32_t>(in, p, b, c) : exchange<uint64_t>(in, p, b, c);
+    uint64_t old = in.bytes == 2   ? exchange<uint16_t>(in, p, b, c)
+                   : in.bytes == 4 ? exchange<uint32_t>(in, p, b, c)
+                                   : exchange<uint64_t>(in, p, b, c);
     if (in.outputs) w.set(in, 0, i, old);
   }
 }
 
-void fence(Warp&, const Inst&, uint32_t) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+void fence(Warp&, const Inst&, uint32_t) {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 struct Same {
   static uint64_t call(uint64_t v) { return v; }
 };
 
 Space space_of(Mods& m) {
-  std::string s = m.any({"global", "shared", "shared::cta", "local", "const", "param", "param::entry", "param::func"});
+  std::string s =
+      m.any({"global", "shared", "shared::cta", "local", "const", "param", "param::entry", "param::func"});
   if (s == "global") return Space::global;
   if (s.starts_with("shared")) return Space::shared;
   if (s == "local") return Space::local;
@@ -377,7 +472,9 @@ bool cache_hints(Mods& m) {
   m.any({"L2::64B", "L2::128B", "L2::256B"});
   return m.take("L2::cache_hint");
 }
-void hint_operand(Decoder& d, size_t i) { d.in(d.operand(i), "b64"); }
+void hint_operand(Decoder& d, size_t i) {
+  d.in(d.operand(i), "b64");
+}
 
 void note_width(Decoder& d, Space space, int bytes) {
   if (space == Space::shared || space == Space::generic) d.shared_access(std::min(bytes, 4));
@@ -408,8 +505,10 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     if (hint) hint_operand(d, 2);
     const Operand &a = d.operand(st ? 0 : 1), &given = d.operand(st ? 1 : 0);
     // ptxas takes braces around a single register too.
-    const Operand& v0 = vec == 1 && given.kind == Operand::vector && given.items.size() == 1 ? given.items[0] : given;
-    if ((v0.kind == Operand::vector) != (vec > 1) || (vec > 1 && v0.items.size() != static_cast<size_t>(vec))) d.fail("the operand does not match the vector length");
+    const Operand& v0 =
+        vec == 1 && given.kind == Operand::vector && given.items.size() == 1 ? given.items[0] : given;
+    if ((v0.kind == Operand::vector) != (vec > 1) || (vec > 1 && v0.items.size() != static_cast<size_t>(vec)))
+      d.fail("the operand does not match the vector length");
     int64_t imm;
     Shape base = d.address(a, &space, &imm);
     std::vector<Shape> values;
@@ -426,10 +525,14 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     if (vec > 8) d.fail("too many elements");
     note_width(d, space, bytes * vec);
     if (st) values.insert(values.begin(), base);
-    static const char* loads[] = {"ld.generic", "ld.global", "ld.shared", "ld.const", "ld.local", "ld.param", ""};
-    static const char* stores[] = {"st.generic", "st.global", "st.shared", "st.const", "st.local", "st.param", ""};
-    if (st && (space == Space::constant || space == Space::param)) d.fail("this state space cannot be written");
-    Inst& i = st ? d.emit(&store, stores[static_cast<int>(space)], std::vector<Shape>{}, values) : d.emit(&load, loads[static_cast<int>(space)], values, std::vector<Shape>{base});
+    static const char* loads[] = {"ld.generic", "ld.global", "ld.shared", "ld.const",
+                                  "ld.local",   "ld.param",  ""};
+    static const char* stores[] = {"st.generic", "st.global", "st.shared", "st.const",
+                                   "st.local",   "st.param",  ""};
+    if (st && (space == Space::constant || space == Space::param))
+      d.fail("this state space cannot be written");
+    Inst& i = st ? d.emit(&store, stores[static_cast<int>(space)], std::vector<Shape>{}, values)
+                 : d.emit(&load, loads[static_cast<int>(space)], values, std::vector<Shape>{base});
     i.space = space;
     i.bytes = static_cast<uint8_t>(bytes);
     i.vec = static_cast<uint8_t>(vec);
@@ -482,7 +585,8 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     if (m.take("wait_group")) {
       m.finish();
       d.operands(1);
-      if (d.operand(0).kind != Operand::integer || d.operand(0).value < 0) d.fail("expected a constant number of groups");
+      if (d.operand(0).kind != Operand::integer || d.operand(0).value < 0)
+        d.fail("expected a constant number of groups");
       d.emit(&wait_group, "cp.async", {}, {}).imm = d.operand(0).value;
       return true;
     }
@@ -498,7 +602,8 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     Shape to = d.address(d.operand(0), &shared, &to_imm), from = d.address(d.operand(1), &global, &from_imm);
     if (d.operand(2).kind != Operand::integer) d.fail("expected a constant copy size");
     int64_t bytes = d.operand(2).value;
-    if (bytes != 16 && (cache == "cg" || (bytes != 4 && bytes != 8))) d.fail("cp.async." + cache + " cannot copy " + std::to_string(bytes) + " bytes");
+    if (bytes != 16 && (cache == "cg" || (bytes != 4 && bytes != 8)))
+      d.fail("cp.async." + cache + " cannot copy " + std::to_string(bytes) + " bytes");
     std::vector<Shape> in{to, from};
     size_t n = d.now->operands.size() - (hint ? 1 : 0);
     uint8_t mode = 0;
@@ -546,7 +651,8 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     bool hint = m.take("L2::cache_hint");
     m.finish();
     static const char* ops[] = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
-    static const char* types[] = {"u32", "s32", "u64", "s64", "f32", "f64", "f16", "bf16", "f16x2", "bf16x2", "b16"};
+    static const char* types[] = {"u32", "s32",  "u64",   "s64",    "f32", "f64",
+                                  "f16", "bf16", "f16x2", "bf16x2", "b16"};
     int oi = -1, ti = -1;
     for (int k = 0; k < 10; ++k)
       if (o == ops[k]) oi = k;
@@ -557,7 +663,9 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     if (oi < 0) d.fail("expected an atomic operation");
     if (ti < 0) d.fail("type ." + t + " is not supported here");
     bool is_float = ti >= f32_ && ti <= bf16x2_;
-    if ((is_float && oi != a_add) || (ti == b16_ && oi != a_cas) || ((oi == a_inc || oi == a_dec) && ti != u32_) || (red && (oi == a_exch || oi == a_cas))) d.fail("this form does not exist");
+    if ((is_float && oi != a_add) || (ti == b16_ && oi != a_cas) ||
+        ((oi == a_inc || oi == a_dec) && ti != u32_) || (red && (oi == a_exch || oi == a_cas)))
+      d.fail("this form does not exist");
     if (ti == bf16_ || ti == bf16x2_) d.require(78, 90, "atomics on bf16");
     int bytes = static_cast<int>(type_bytes(t, s.line));
     size_t at = red ? 0 : 1, n = (red ? 2 : 3) + (oi == a_cas) + (hint ? 1u : 0u);
@@ -565,7 +673,8 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     if (hint) hint_operand(d, n - 1);
     int64_t imm;
     Shape base = d.address(d.operand(at), &space, &imm);
-    if (space != Space::generic && space != Space::global && space != Space::shared) d.fail("atomics are for global and shared memory");
+    if (space != Space::generic && space != Space::global && space != Space::shared)
+      d.fail("atomics are for global and shared memory");
     std::vector<Shape> out, in{base, d.in(d.operand(at + 1), t)};
     if (oi == a_cas) in.push_back(d.in(d.operand(at + 2), t));
     if (!red) out.push_back(d.out(d.operand(0), bytes));

@@ -19,7 +19,9 @@ void exit_now(Warp& w, const Inst& in, uint32_t m) {
 void skip_if(Warp& w, const Inst& in, uint32_t m) {
   int32_t to = in.target;
   const std::vector<Inst>& code = w.kernel->code;
-  for (int hops = 0; hops < 4 && code[static_cast<size_t>(to)].fn == &skip_if && code[static_cast<size_t>(to)].pred == kNone; ++hops)
+  for (int hops = 0; hops < 4 && code[static_cast<size_t>(to)].fn == &skip_if &&
+                     code[static_cast<size_t>(to)].pred == kNone;
+       ++hops)
     to = code[static_cast<size_t>(to)].target;
   const Inst& next = code[static_cast<size_t>(to)];
   if (in.pred != kNone && next.fn == &exit_now && next.pred == kNone) return w.exit_lanes(m, true);
@@ -34,7 +36,10 @@ void branch_indexed(Warp& w, const Inst& in, uint32_t m) {
   while (left) {
     int lane = __builtin_ctz(left);
     uint64_t k = w.value(in, 0, lane);
-    if (k >= t.size()) w.fail(in, lane, ReportKind::illegal_instruction, 715, "the index " + std::to_string(k) + " of brx.idx exceeds its " + std::to_string(t.size()) + " targets");
+    if (k >= t.size())
+      w.fail(in, lane, ReportKind::illegal_instruction, 715,
+             "the index " + std::to_string(k) + " of brx.idx exceeds its " + std::to_string(t.size()) +
+                 " targets");
     uint32_t same = 0;
     each_lane(left, [&](int i) { same |= static_cast<uint32_t>(w.value(in, 0, i) == k) << i; });
     left &= ~same;
@@ -48,7 +53,9 @@ void branch_indexed(Warp& w, const Inst& in, uint32_t m) {
     w.stop = true;
   }
 }
-void trap(Warp& w, const Inst& in, uint32_t m) { w.fail(in, __builtin_ctz(m), ReportKind::trap, 719, "trap executed"); }
+void trap(Warp& w, const Inst& in, uint32_t m) {
+  w.fail(in, __builtin_ctz(m), ReportKind::trap, 719, "trap executed");
+}
 void nanosleep(Warp& w, const Inst&, uint32_t) {
   w.stop = true;
   std::this_thread::yield();
@@ -65,10 +72,17 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
   int k = in.outputs, lane = __builtin_ctz(m);
   uint64_t id = w.value(in, k, lane), count = in.flag & 4 ? w.value(in, k + 1, lane) : 0;
   each_lane(m, [&](int i) {
-    if (w.value(in, k, i) != id || (in.flag & 4 && w.value(in, k + 1, i) != count)) w.fail(in, i, ReportKind::divergent_barrier, 719, "the threads of a warp name different barriers or counts");
+    if (w.value(in, k, i) != id || (in.flag & 4 && w.value(in, k + 1, i) != count))
+      w.fail(in, i, ReportKind::divergent_barrier, 719,
+             "the threads of a warp name different barriers or counts");
   });
-  if (id > 15) w.fail(in, lane, ReportKind::illegal_instruction, 715, "expected a barrier from 0 to 15 but received " + std::to_string(id));
-  if (in.flag & 4 && (count == 0 || count % 32 || count > 1024)) w.fail(in, lane, ReportKind::illegal_instruction, 715, "expected a thread count that is a multiple of 32 for a barrier but received " + std::to_string(count));
+  if (id > 15)
+    w.fail(in, lane, ReportKind::illegal_instruction, 715,
+           "expected a barrier from 0 to 15 but received " + std::to_string(id));
+  if (in.flag & 4 && (count == 0 || count % 32 || count > 1024))
+    w.fail(in, lane, ReportKind::illegal_instruction, 715,
+           "expected a thread count that is a multiple of 32 for a barrier but received " +
+               std::to_string(count));
   Block& b = *w.block;
   if (in.mode >= 2) {
     uint32_t v = w.predicate(in.o[in.count - 1]);
@@ -80,7 +94,8 @@ void barrier(Warp& w, const Inst& in, uint32_t m) {
   b.arrive(w, in, static_cast<int>(id), static_cast<uint32_t>(count), m, in.mode != 1);
 }
 
-// Runs f(members, mask) for each set of lanes with the same member mask (operand k), once all of them are here.
+// Runs f(members, mask) for each set of lanes with the same member mask (operand k), once all of them are
+// here.
 template <class F>
 void collective(Warp& w, const Inst& in, uint32_t m, int k, const char* what, F f) {
   struct Part {
@@ -90,7 +105,9 @@ void collective(Warp& w, const Inst& in, uint32_t m, int k, const char* what, F 
   for (uint32_t left = m; left;) {
     int lane = __builtin_ctz(left);
     uint32_t named = static_cast<uint32_t>(w.value(in, k, lane)), same = 0;
-    each_lane(left, [&](int i) { same |= static_cast<uint32_t>(static_cast<uint32_t>(w.value(in, k, i)) == named) << i; });
+    each_lane(left, [&](int i) {
+      same |= static_cast<uint32_t>(static_cast<uint32_t>(w.value(in, k, i)) == named) << i;
+    });
     each_lane(same & ~named, [&](int i) {
       bool r;
       w.join(in, same, i, named, what, &r);
@@ -122,14 +139,27 @@ void shuffle(Warp& w, const Inst& in, uint32_t m) {
       int last = (i & segment) | (clamp & ~segment), first = i & segment, j;
       bool ok;
       switch (in.mode) {
-        case up: j = i - b; ok = j >= last; break;
-        case down: j = i + b; ok = j <= last; break;
-        case bfly: j = i ^ b; ok = j <= last; break;
-        default: j = first | (b & ~segment); ok = j <= last;
+        case up:
+          j = i - b;
+          ok = j >= last;
+          break;
+        case down:
+          j = i + b;
+          ok = j <= last;
+          break;
+        case bfly:
+          j = i ^ b;
+          ok = j <= last;
+          break;
+        default:
+          j = first | (b & ~segment);
+          ok = j <= last;
       }
       if (!ok) j = i;
       if (!(members >> j & 1))
-        w.fail(in, i, ReportKind::bad_mask, 719, "shfl.sync reads lane " + std::to_string(j) + ", which does not take part (mask " + hex(members) + ")");
+        w.fail(in, i, ReportKind::bad_mask, 719,
+               "shfl.sync reads lane " + std::to_string(j) + ", which does not take part (mask " +
+                   hex(members) + ")");
       d[i] = v[j];
       p |= static_cast<uint32_t>(ok) << i;
     });
@@ -146,7 +176,12 @@ void vote(Warp& w, const Inst& in, uint32_t m) {
     if (in.mode == 3)
       each_lane(members, [&](int i) { w.dst<uint32_t>(in.o[0])[i] = v; });
     else
-      w.set_predicate(in.o[0], members, (in.mode == 0 ? v == members : in.mode == 1 ? v != 0 : v == members || v == 0) ? kAll : 0);
+      w.set_predicate(in.o[0], members,
+                      (in.mode == 0   ? v == members
+                       : in.mode == 1 ? v != 0
+                                      : v == members || v == 0)
+                          ? kAll
+                          : 0);
   });
 }
 // mode: 0 any, 1 all. o: d, p; a, mask
@@ -175,12 +210,23 @@ void redux(Warp& w, const Inst& in, uint32_t m) {
       uint32_t v = a[i];
       bool less = in.flag ? static_cast<int32_t>(v) < static_cast<int32_t>(r) : v < r;
       switch (in.mode) {
-        case 0: r += v; break;
-        case 1: r = less ? v : r; break;
-        case 2: r = less ? r : v; break;
-        case 3: r &= v; break;
-        case 4: r |= v; break;
-        default: r ^= v;
+        case 0:
+          r += v;
+          break;
+        case 1:
+          r = less ? v : r;
+          break;
+        case 2:
+          r = less ? r : v;
+          break;
+        case 3:
+          r &= v;
+          break;
+        case 4:
+          r |= v;
+          break;
+        default:
+          r ^= v;
       }
     });
     each_lane(members, [&](int i) { w.dst<uint32_t>(in.o[0])[i] = r; });
@@ -194,7 +240,8 @@ void activemask(Warp& w, const Inst& in, uint32_t m) {
 
 uint64_t frame(Warp& w, const Inst& in, int k, int lane, size_t bytes) {
   uint64_t offset = w.value(in, k, lane), v = 0;
-  std::memcpy(&v, &w.block->local[static_cast<size_t>(w.index * 32 + lane) * w.kernel->local_bytes + offset], bytes);
+  std::memcpy(&v, &w.block->local[static_cast<size_t>(w.index * 32 + lane) * w.kernel->local_bytes + offset],
+              bytes);
   return v;
 }
 std::string text_at(Warp& w, const Inst& in, int lane, uint64_t address) {
@@ -209,8 +256,12 @@ std::string text_at(Warp& w, const Inst& in, int lane, uint64_t address) {
 
 }  // namespace
 
-bool is_branch(const Inst& in) { return in.fn == &skip_if; }
-int branch_table(const Inst& in) { return in.fn == &branch_indexed ? static_cast<int>(in.imm) : -1; }
+bool is_branch(const Inst& in) {
+  return in.fn == &skip_if;
+}
+int branch_table(const Inst& in) {
+  return in.fn == &branch_indexed ? static_cast<int>(in.imm) : -1;
+}
 
 // o: format, arguments, result. The arguments lie packed by their natural alignment.
 void call_vprintf(Warp& w, const Inst& in, uint32_t m) {
@@ -233,28 +284,56 @@ void call_vprintf(Warp& w, const Inst& in, uint32_t m) {
       std::string spec = "%";
       bool wide = false;
       for (++i; i < format.size() && strchr("-+ #0123456789.*lhz", format[i]); ++i) {
-        if (format[i] == 'l' || format[i] == 'z') wide = true;
-        else if (format[i] == '*') spec += std::to_string(static_cast<int>(next(4)));
-        else if (format[i] != 'h') spec += format[i];
+        if (format[i] == 'l' || format[i] == 'z')
+          wide = true;
+        else if (format[i] == '*')
+          spec += std::to_string(static_cast<int>(next(4)));
+        else if (format[i] != 'h')
+          spec += format[i];
       }
       if (i >= format.size()) break;
       char c = format[i], text[512];
       if (spec.size() > 40) spec = "%";
       switch (c) {
-        case '%': out += '%'; continue;
-        case 'd': case 'i':
-          std::snprintf(text, sizeof text, (spec + "lld").c_str(), wide ? static_cast<long long>(next(8)) : static_cast<long long>(static_cast<int32_t>(next(4))));
+        case '%':
+          out += '%';
+          continue;
+        case 'd':
+        case 'i':
+          std::snprintf(
+              text, sizeof text, (spec + "lld").c_str(),
+              wide ? static_cast<long long>(next(8)) : static_cast<long long>(static_cast<int32_t>(next(4))));
           break;
-        case 'u': case 'x': case 'X': case 'o':
-          std::snprintf(text, sizeof text, (spec + "ll" + c).c_str(), static_cast<unsigned long long>(wide ? next(8) : next(4)));
+        case 'u':
+        case 'x':
+        case 'X':
+        case 'o':
+          std::snprintf(text, sizeof text, (spec + "ll" + c).c_str(),
+                        static_cast<unsigned long long>(wide ? next(8) : next(4)));
           break;
-        case 'c': std::snprintf(text, sizeof text, (spec + c).c_str(), static_cast<int>(next(4))); break;
-        case 'p': std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(next(8))); break;
-        case 's': out += text_at(w, in, lane, next(8)); ++written; continue;
-        case 'f': case 'e': case 'g': case 'F': case 'E': case 'G': case 'a': case 'A':
+        case 'c':
+          std::snprintf(text, sizeof text, (spec + c).c_str(), static_cast<int>(next(4)));
+          break;
+        case 'p':
+          std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(next(8)));
+          break;
+        case 's':
+          out += text_at(w, in, lane, next(8));
+          ++written;
+          continue;
+        case 'f':
+        case 'e':
+        case 'g':
+        case 'F':
+        case 'E':
+        case 'G':
+        case 'a':
+        case 'A':
           std::snprintf(text, sizeof text, (spec + c).c_str(), bits_as<double>(next(8)));
           break;
-        default: w.fail(in, lane, ReportKind::illegal_instruction, 715, std::string("unknown conversion '%") + c + "' in a printf");
+        default:
+          w.fail(in, lane, ReportKind::illegal_instruction, 715,
+                 std::string("unknown conversion '%") + c + "' in a printf");
       }
       out += text;
       ++written;
@@ -262,17 +341,21 @@ void call_vprintf(Warp& w, const Inst& in, uint32_t m) {
     std::fwrite(out.data(), 1, out.size(), stdout);
     if (in.count > 2) {
       int32_t r = written;
-      std::memcpy(&w.block->local[static_cast<size_t>(w.index * 32 + lane) * w.kernel->local_bytes + w.value(in, 2, lane)], &r, 4);
+      std::memcpy(&w.block->local[static_cast<size_t>(w.index * 32 + lane) * w.kernel->local_bytes +
+                                  w.value(in, 2, lane)],
+                  &r, 4);
     }
   });
 }
 // o: message, file, line, function, character size
 void call_assertfail(Warp& w, const Inst& in, uint32_t m) {
   int lane = __builtin_ctz(m);
-  std::string message = text_at(w, in, lane, frame(w, in, 0, lane, 8)), file = text_at(w, in, lane, frame(w, in, 1, lane, 8)),
+  std::string message = text_at(w, in, lane, frame(w, in, 0, lane, 8)),
+              file = text_at(w, in, lane, frame(w, in, 1, lane, 8)),
               function = text_at(w, in, lane, frame(w, in, 3, lane, 8));
   uint64_t line = frame(w, in, 2, lane, 4);
-  w.fail(in, lane, ReportKind::assertion, 710, "assertion `" + message + "` failed at " + file + ":" + std::to_string(line) + " in " + function);
+  w.fail(in, lane, ReportKind::assertion, 710,
+         "assertion `" + message + "` failed at " + file + ":" + std::to_string(line) + " in " + function);
 }
 
 bool decode_warp(Decoder& d, const Instruction& s) {
@@ -363,7 +446,9 @@ bool decode_warp(Decoder& d, const Instruction& s) {
     Operand plain = to;
     plain.second.clear();
     Shape p = to.second.empty() || to.second == "_" ? d.scratch(0) : d.pred_name(to.second);
-    Inst& i = d.emit(&shuffle, "shfl", {d.out(plain, 4), p}, {d.in(d.operand(1), "b32"), d.in(d.operand(2), "b32"), d.in(d.operand(3), "b32"), d.in(d.operand(4), "b32")});
+    Inst& i = d.emit(&shuffle, "shfl", {d.out(plain, 4), p},
+                     {d.in(d.operand(1), "b32"), d.in(d.operand(2), "b32"), d.in(d.operand(3), "b32"),
+                      d.in(d.operand(4), "b32")});
     i.mode = mode == "up" ? up : mode == "down" ? down : mode == "bfly" ? bfly : idx;
     return true;
   }
@@ -382,23 +467,27 @@ bool decode_warp(Decoder& d, const Instruction& s) {
   }
   if (op == "match") {
     std::string mode = m.any({"any", "all"}), t = m.type();
-    if (mode.empty() || !m.take("sync") || (t != "b32" && t != "b64")) m.fail("expected match.{any,all}.sync.{b32,b64}");
+    if (mode.empty() || !m.take("sync") || (t != "b32" && t != "b64"))
+      m.fail("expected match.{any,all}.sync.{b32,b64}");
     m.finish();
     d.operands(3);
     const Operand& to = d.operand(0);
     Operand plain = to;
     plain.second.clear();
     Shape p = to.second.empty() || to.second == "_" ? d.scratch(0) : d.pred_name(to.second);
-    d.emit(&match, "match", {d.out(plain, 4), p}, {d.in(d.operand(1), t), d.in(d.operand(2), "b32")}).mode = mode == "all";
+    d.emit(&match, "match", {d.out(plain, 4), p}, {d.in(d.operand(1), t), d.in(d.operand(2), "b32")}).mode =
+        mode == "all";
     return true;
   }
   if (op == "redux") {
     d.require(70, 80, "redux");
     std::string t = m.type(), o = m.any({"add", "min", "max", "and", "or", "xor"});
-    if (!m.take("sync") || o.empty() || (t != "u32" && t != "s32" && t != "b32")) m.fail("expected redux.sync.op.{u32,s32,b32}");
+    if (!m.take("sync") || o.empty() || (t != "u32" && t != "s32" && t != "b32"))
+      m.fail("expected redux.sync.op.{u32,s32,b32}");
     m.finish();
     d.operands(3);
-    Inst& i = d.emit(&redux, "redux", {d.out(d.operand(0), 4)}, {d.in(d.operand(1), "b32"), d.in(d.operand(2), "b32")});
+    Inst& i = d.emit(&redux, "redux", {d.out(d.operand(0), 4)},
+                     {d.in(d.operand(1), "b32"), d.in(d.operand(2), "b32")});
     i.mode = o == "add" ? 0 : o == "min" ? 1 : o == "max" ? 2 : o == "and" ? 3 : o == "or" ? 4 : 5;
     i.flag = t == "s32";
     return true;

@@ -14,7 +14,8 @@ bool number(const char* name, double* value) {
   errno = 0;
   *value = std::strtod(text, &end);
   if (errno || *end || *value < 0)
-    throw std::runtime_error(std::string("expected a number >= 0 for ") + name + " but received '" + text + "'");
+    throw std::runtime_error(std::string("expected a number >= 0 for ") + name + " but received '" + text +
+                             "'");
   return true;
 }
 

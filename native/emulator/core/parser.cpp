@@ -14,8 +14,12 @@ struct Token {
   int line = 0;
 };
 
-bool word_start(char c) { return std::isalpha(static_cast<unsigned char>(c)) || strchr("_$%.", c); }
-bool word_char(char c) { return std::isalnum(static_cast<unsigned char>(c)) || strchr("_$%.", c); }
+bool word_start(char c) {
+  return std::isalpha(static_cast<unsigned char>(c)) || (c && strchr("_$%.", c));
+}
+bool word_char(char c) {
+  return std::isalnum(static_cast<unsigned char>(c)) || (c && strchr("_$%.", c));
+}
 
 class Lexer {
  public:
@@ -105,7 +109,8 @@ class Parser {
     while (peek().kind != Token::end) top();
     if (!m_.version) fail("expected a .version directive but found none");
     if (!m_.target) fail("expected a .target directive but found none");
-    if (m_.address_size != 64) fail("expected .address_size 64 but received " + std::to_string(m_.address_size));
+    if (m_.address_size != 64)
+      fail("expected .address_size 64 but received " + std::to_string(m_.address_size));
     return std::move(m_);
   }
 
@@ -138,7 +143,8 @@ class Parser {
       else
         get();
     }
-    if (peek().kind != Token::number) fail("expected a number but received '" + std::string(peek().text) + "'");
+    if (peek().kind != Token::number)
+      fail("expected a number but received '" + std::string(peek().text) + "'");
     int64_t v = literal(get());
     if (negative) v = static_cast<int64_t>(0 - static_cast<uint64_t>(v));
     return invert ? ~v : v;
@@ -153,7 +159,8 @@ class Parser {
       v = std::strtoull(s.c_str() + 2, &end, 2);
     else
       v = std::strtoull(s.c_str(), &end, 0);
-    if (*end || errno) throw PtxError(t.line, "expected an integer but received '" + std::string(t.text) + "'");
+    if (*end || errno)
+      throw PtxError(t.line, "expected an integer but received '" + std::string(t.text) + "'");
     return static_cast<int64_t>(v);
   }
 
@@ -277,7 +284,8 @@ class Parser {
     bool aligned = false;
     for (;;) {
       const Token t = peek();
-      if (t.kind != Token::word || t.text[0] != '.') fail("expected a type but received '" + std::string(t.text) + "'");
+      if (t.kind != Token::word || t.text[0] != '.')
+        fail("expected a type but received '" + std::string(t.text) + "'");
       get();
       std::string_view s = t.text.substr(1);
       if (s == "align") {
@@ -342,8 +350,10 @@ class Parser {
         r.generic = true;
         expect(")");
       }
-      if (accept("+")) r.value = integer();
-      else if (is("-")) r.value = integer();
+      if (accept("+"))
+        r.value = integer();
+      else if (is("-"))
+        r.value = integer();
       return r;
     }
     bool minus = false;
@@ -461,13 +471,15 @@ class Parser {
           one.name = word();
           if (accept("<")) {
             one.count = integer();
-            if (one.count < 0 || one.count > 1000000) fail("expected a register count but received " + std::to_string(one.count));
+            if (one.count < 0 || one.count > 1000000)
+              fail("expected a register count but received " + std::to_string(one.count));
             expect(">");
           }
           f.body.push_back(one);
         } while (accept(","));
         expect(";");
-      } else if (is(".shared") || is(".local") || is(".param") || is(".global") || is(".const") || is(".extern")) {
+      } else if (is(".shared") || is(".local") || is(".param") || is(".global") || is(".const") ||
+                 is(".extern")) {
         bool is_extern = accept(".extern");
         for (Variable& v : variables()) {
           v.is_extern = is_extern;
@@ -506,7 +518,8 @@ class Parser {
       in.guard_negated = accept("!");
       in.guard = word();
     }
-    if (peek().kind != Token::word) fail("expected an instruction but received '" + std::string(peek().text) + "'");
+    if (peek().kind != Token::word)
+      fail("expected an instruction but received '" + std::string(peek().text) + "'");
     in.line = peek().line;
     std::string_view op = get().text;
     if (op[0] == '.') throw PtxError(in.line, "unknown directive '" + std::string(op) + "'");

@@ -20,10 +20,10 @@ enum class Space : uint8_t { generic, global, shared, constant, local, param, re
 
 struct Operand {
   enum Kind : uint8_t { name, integer, real32, real64, address, vector, none } kind = none;
-  bool negate = false;        // !%p
-  std::string text;           // name; for address: base register or symbol ("" when absolute)
-  std::string second;         // %p|%q
-  int64_t value = 0;          // integer, offset of an address or of sym+n, float bits
+  bool negate = false;         // !%p
+  std::string text;            // name; for address: base register or symbol ("" when absolute)
+  std::string second;          // %p|%q
+  int64_t value = 0;           // integer, offset of an address or of sym+n, float bits
   std::vector<Operand> items;  // vector, and the list in call's parentheses
 };
 
