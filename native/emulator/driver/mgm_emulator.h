@@ -1,4 +1,16 @@
 // What the stand-in libcuda.so.1 exports beside the driver API, for tests and benches. All are thread safe.
+//
+// Environment, read at cuInit:
+//   MGM_EMULATOR_DEVICES         capability[:memory], as "80,90:4G"; "none". Default "80".
+//   MGM_EMULATOR_DRIVER_VERSION  what the driver pretends to be, as 12040 or 12.4. Default 13000.
+//   MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _WATCHDOG  see emulator.h's Options.
+//   MGM_EMULATOR_ORDER           when enqueued work runs. random (default): what somebody waits or asks for
+//   soon,
+//                                the rest at random times; lazy: only what is waited or asked for; eager: at
+//                                once.
+//   MGM_EMULATOR_REPORT          file that findings are appended to, a line of JSON each.
+//   MGM_EMULATOR_TRACE=1         every call and its result on stderr.
+//   MGM_EMULATOR_SEGV=0          no handler that names host accesses to device memory.
 #pragma once
 #include <cstdint>
 

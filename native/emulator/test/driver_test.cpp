@@ -875,6 +875,17 @@ void devices() {
   CUdeviceptr more = 0;
   EQUAL(cuMemAlloc_v2(&more, size_t{64} << 20), CUDA_ERROR_OUT_OF_MEMORY);
   OK(cuMemFree_v2(there));
+  // Memory that a pending operation is going to free counts as free where it is needed.
+  OK(configure("order", "lazy"));
+  OK(cuMemAllocAsync(&more, size_t{48} << 20, nullptr));
+  OK(cuMemFreeAsync(more, nullptr));
+  CHECK(pending() > 0);
+  OK(cuMemAllocAsync(&more, size_t{48} << 20, nullptr));
+  OK(cuMemFreeAsync(more, nullptr));
+  EQUAL(cuMemFreeAsync(more, nullptr), CUDA_ERROR_INVALID_VALUE);
+  REPORTED("invalid free", "already freed");
+  OK(configure("order", "random"));
+  OK(cuCtxSynchronize());
   OK(cuCtxPopCurrent_v2(nullptr));
   OK(cuMemFree_v2(here));
   OK(cuDevicePrimaryCtxRelease_v2(1));
