@@ -463,8 +463,8 @@ void Decoder::body(const Function& f) {
 void Decoder::instruction(const Instruction& s) {
   now = &s;
   if (s.opcode == "call") return call(s);
-  if (decode_integer(*this, s) || decode_float(*this, s) || decode_convert(*this, s) ||
-      decode_memory(*this, s) || decode_warp(*this, s) || decode_matrix(*this, s))
+  if (decode_integer(*this, s) || decode_mbarrier(*this, s) || decode_float(*this, s) ||
+      decode_convert(*this, s) || decode_memory(*this, s) || decode_warp(*this, s) || decode_matrix(*this, s))
     return;
   std::string t = s.opcode;
   for (const std::string& p : s.parts) t += "." + p;

@@ -240,6 +240,7 @@ struct Block {
   std::vector<std::byte> shared, local;
   std::vector<uint8_t> shared_init;  // bit 0: written; bit 1: an asynchronous copy is under way
   std::vector<Cell> cells;
+  std::map<uint64_t, std::vector<uint32_t>> mbarrier_clocks;  // by shared address: what waiting on it orders
   Barrier barriers[16];
   std::mt19937_64 random;
   Counters counters;
@@ -390,6 +391,7 @@ bool decode_convert(Decoder& d, const Instruction& s);
 bool decode_memory(Decoder& d, const Instruction& s);
 bool decode_warp(Decoder& d, const Instruction& s);
 bool decode_matrix(Decoder& d, const Instruction& s);
+bool decode_mbarrier(Decoder& d, const Instruction& s);
 
 // Control flow that the decoder itself emits or has to recognise.
 void skip_if(Warp& w, const Inst& in, uint32_t mask);   // bra

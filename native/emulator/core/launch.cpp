@@ -340,6 +340,7 @@ void Block::start(Launch& l, uint64_t linear) {
   kernel = l.kernel;
   done = false;
   late_exit_line = 0;
+  mbarrier_clocks.clear();
   const LaunchConfig& c = l.config;
   id[0] = static_cast<uint32_t>(linear % c.grid[0]);
   id[1] = static_cast<uint32_t>(linear / c.grid[0] % c.grid[1]);

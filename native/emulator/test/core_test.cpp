@@ -720,6 +720,24 @@ void control() {
                              "[%r4+-256]; bra $E; $P: add.u32 %r5, %r1, 7; st.shared.u32 [%r4], %r5; "
                              "bar.arrive 1, 128; $E: st.global.u32 [%rd2], %r5;"),
                128, filled(128, [](uint32_t i) { return i % 64 + 7; }));
+  // Half the block produces through an mbarrier, half consumes.
+  const std::string mbarrier =
+      R"(setp.ne.u32 %p1, %r1, 0; @%p1 bra $S; mbarrier.init.shared.b64 [s], 32; $S: bar.sync 0;
+      setp.ge.u32 %p2, %r1, 32; @%p2 bra $C; mad.wide.u32 %rd3, %r1, 4, %rd1; cp.async.ca.shared.global [%r4+64], [%rd3], 4;
+      cp.async.mbarrier.arrive.noinc.shared.b64 [s]; bra $E;
+      $C: WAIT ld.shared.u32 %r6, [%r4+-64]; add.u32 %r6, %r6, %r1; st.global.u32 [%rd2], %r6; $E:)";
+  auto replaced = [](std::string t, const std::string& to) { return t.replace(t.find("WAIT"), 4, to); };
+  std::vector<uint32_t> after = filled(64, [](uint32_t i) { return i < 32 ? 1 : i + 1; });
+  expect_clean(
+      "mbarrier",
+      shared_kernel(replaced(mbarrier, "mbarrier.test_wait.parity.shared.b64 %p3, [s], 0; @!%p3 bra $C;")),
+      64, after);
+  for (uint64_t seed = 0; seed < 4; ++seed) {  // the same without the wait
+    Device d;
+    d.options.seed = seed;
+    auto r = d.run(shared_kernel(replaced(mbarrier, "")), {d.put(std::vector<uint32_t>(256, 1))}, 1, 64);
+    check(!r.reports.empty(), "missing mbarrier wait");
+  }
   expect_clean(
       "bar.red",
       shared_kernel("setp.lt.u32 %p1, %r1, 37; bar.red.popc.u32 %r5, 0, %p1; st.global.u32 [%rd2], %r5;"), 96,
