@@ -43,7 +43,8 @@ struct Options {
   int threads = 0;        // that blocks spread over; 0: all cores
   double watchdog_seconds = 60;
 };
-// MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _WATCHDOG. Throws std::runtime_error for anything but a number.
+// MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _WATCHDOG. Throws std::runtime_error for anything but a
+// number.
 Options options_from_environment();
 
 enum class ReportKind {
