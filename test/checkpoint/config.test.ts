@@ -9,18 +9,10 @@ import {
   parseOpenClipConfig,
   parsePreprocessorConfig,
 } from '../../lib/checkpoint/config.ts'
+import { failure } from '../helpers/failure.ts'
 
 const FIXTURES = join(import.meta.dirname, '../fixtures')
 const json = (file: string) => JSON.parse(readFileSync(file, 'utf8'))
-
-function failure(action: () => unknown): string {
-  try {
-    action()
-  } catch (error) {
-    return `${(error as { code?: string }).code}: ${(error as Error).message}`
-  }
-  return 'no error'
-}
 
 describe('parseMgmConfig', () => {
   const cases: [string, Partial<MgmConfig>][] = [

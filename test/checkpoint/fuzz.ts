@@ -1,17 +1,7 @@
 import type { TensorFile } from '../../lib/checkpoint/safetensors.ts'
 import { type ByteSource, BytesSource } from '../../lib/checkpoint/source.ts'
 import { MgmError } from '../../lib/errors.ts'
-
-/** mulberry32: the same mutations on every run. */
-export function random(seed: number): (below: number) => number {
-  let state = seed >>> 0
-  return below => {
-    state = (state + 0x6d2b79f5) >>> 0
-    let t = Math.imul(state ^ (state >>> 15), state | 1)
-    t ^= t + Math.imul(t ^ (t >>> 7), t | 61)
-    return Math.floor((((t ^ (t >>> 14)) >>> 0) / 2 ** 32) * below)
-  }
-}
+import { random } from '../helpers/random.ts'
 
 export interface FuzzResult {
   accepted: number

@@ -7,6 +7,7 @@ import { afterAll, describe, expect, it } from 'vitest'
 import { openTensorFolder } from '../../lib/checkpoint/files.ts'
 import { openSafetensors, parseSafetensors } from '../../lib/checkpoint/safetensors.ts'
 import { BytesSource, FileSource } from '../../lib/checkpoint/source.ts'
+import { failure } from '../helpers/failure.ts'
 import { fuzz } from './fuzz.ts'
 
 const FIXTURES = join(import.meta.dirname, '../fixtures')
@@ -33,15 +34,6 @@ function build(
 
 function parse(bytes: Uint8Array) {
   return parseSafetensors(new BytesSource(bytes, 'x.safetensors'), 'x.safetensors')
-}
-
-function failure(action: () => unknown): string {
-  try {
-    action()
-  } catch (error) {
-    return `${(error as { code?: string }).code}: ${(error as Error).message}`
-  }
-  return 'no error'
 }
 
 const tensor = (dtype: string, shape: number[], begin: number, end: number) => ({

@@ -5,6 +5,7 @@ import { openSafetensors } from '../../lib/checkpoint/safetensors.ts'
 import { BytesSource, FileSource, type TensorEntry } from '../../lib/checkpoint/source.ts'
 import { permutation } from '../../lib/checkpoint/tensor-map.ts'
 import { openTorchArchive, parseTorchArchive } from '../../lib/checkpoint/torch-archive.ts'
+import { failure } from '../helpers/failure.ts'
 import { fuzz } from './fuzz.ts'
 
 const FIXTURES = join(import.meta.dirname, '../fixtures')
@@ -48,15 +49,6 @@ function elements(entry: TensorEntry): number[] {
 }
 
 const range = (n: number) => Array.from({ length: n }, (_, i) => i)
-
-function failure(action: () => unknown): string {
-  try {
-    action()
-  } catch (error) {
-    return `${(error as { code?: string }).code}: ${(error as Error).message}`
-  }
-  return 'no error'
-}
 
 describe('released archives', () => {
   const archives = (readdirSync(FIXTURES, { recursive: true }) as string[])

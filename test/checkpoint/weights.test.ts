@@ -27,6 +27,7 @@ import {
   PARTS,
   TensorMap,
 } from '../../lib/checkpoint/weights.ts'
+import { failure } from '../helpers/failure.ts'
 
 const FIXTURES = join(import.meta.dirname, '../fixtures')
 const CASES = ['gemma', 'vicuna', 'llama3', 'mixtral', 'yi', 'hd']
@@ -56,15 +57,6 @@ function editJson(file: string, edit: (json: Record<string, unknown>) => void): 
   const json = JSON.parse(readFileSync(file, 'utf8'))
   edit(json)
   writeFileSync(file, JSON.stringify(json))
-}
-
-function failure(action: () => unknown): string {
-  try {
-    action()
-  } catch (error) {
-    return `${(error as { code?: string }).code}: ${(error as Error).message}`
-  }
-  return 'no error'
 }
 
 /** The first two floats of a tensor of f32 or bf16. */

@@ -1,6 +1,6 @@
 import { describe, expect, it } from 'vitest'
 import { BlockManager } from '../../lib/engine/block-manager.ts'
-import { random } from './random.ts'
+import { random } from '../helpers/random.ts'
 
 describe('BlockManager', () => {
   it('hands out each page once and takes all or nothing', () => {

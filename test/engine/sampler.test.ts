@@ -1,7 +1,7 @@
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
 import { Device } from '../../lib/device.ts'
 import { greedy, readSampled, type Sampling, sampleRows } from '../../lib/engine/sampler.ts'
-import { random } from './random.ts'
+import { random } from '../helpers/random.ts'
 
 let device: Device
 beforeAll(() => {

@@ -3,7 +3,7 @@ import { BlockManager } from '../../lib/engine/block-manager.ts'
 import { Scheduler, type StepItem } from '../../lib/engine/scheduler.ts'
 import { Sequence } from '../../lib/engine/sequence.ts'
 import { MgmError } from '../../lib/errors.ts'
-import { random } from './random.ts'
+import { random } from '../helpers/random.ts'
 
 function setup(
   options: Partial<{

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest'
 import { AnswerText, StopStrings } from '../../lib/engine/text.ts'
 import type { IncrementalDecoder } from '../../lib/processing/tokenizer.ts'
-import { random } from './random.ts'
+import { random } from '../helpers/random.ts'
 
 /** Ids are indices into pieces; the last piece comes with the flush. */
 function decoder(pieces: readonly string[], last = ''): IncrementalDecoder {

@@ -1,0 +1,9 @@
+/** What `action` throws, as `CODE: message`. */
+export function failure(action: () => unknown): string {
+  try {
+    action()
+  } catch (error) {
+    return `${(error as { code?: string }).code}: ${(error as Error).message}`
+  }
+  return 'no error'
+}
