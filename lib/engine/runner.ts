@@ -81,8 +81,6 @@ export class ModelRunner {
     })
 
     const i32 = (data: Int32Array, shape: number[]) => this.#device.tensor(data, shape)
-    // A step without draws still wants a row: the model has no pass without logits.
-    const rows = logitRows.length > 0 ? logitRows : [total - 1]
     const logits = this.#model.forward(
       {
         embeds: this.#embeds(items, total),
@@ -91,7 +89,8 @@ export class ModelRunner {
         blockTable: i32(blockTable, [items.length, maxBlocks]),
         cuQ: i32(cuQ, [items.length + 1]),
         contextLens: i32(contextLens, [items.length]),
-        logitRows: i32(Int32Array.from(rows), [rows.length]),
+        // None where only chunks of prompts run: the head is then skipped.
+        logitRows: i32(Int32Array.from(logitRows), [logitRows.length]),
       },
       this.#cache,
     )

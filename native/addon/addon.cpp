@@ -31,11 +31,7 @@ void State::post(std::function<void(Napi::Env)> callback) {
         if (static_cast<napi_env>(env) == nullptr) return;
         State& current = state(env);
         if (--current.expected_ == 0) current.queue_.Unref(env);
-        try {
-          (*call)(env);
-        } catch (const Napi::Error&) {
-          // A worker thread that is being torn down still runs callbacks, but no JS: nobody waits any more.
-        }
+        (*call)(env);
       });
   if (status != napi_ok) delete owned;
 }

@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -1039,13 +1040,13 @@ int main(int argc, char** argv) {
   EQUAL(again("/proc/self/exe", path, "bad", "MGM_EMULATOR_DEVICES", "81"), 0);
   EQUAL(again("/proc/self/exe", path, "bad", "MGM_EMULATOR_DEVICES", "80:lots"), 0);
   EQUAL(again("/proc/self/exe", path, "exit", "MGM_EMULATOR_ORDER", "lazy"), 0);
-  char file[] = "/tmp/mgm-emulator-XXXXXX";
-  int descriptor = mkstemp(file);
-  EQUAL(again("/proc/self/exe", path, "host", "MGM_EMULATOR_REPORT", file), -SIGSEGV);
+  std::string file = (std::filesystem::temp_directory_path() / "mgm-emulator-XXXXXX").string();
+  int descriptor = mkstemp(file.data());
+  EQUAL(again("/proc/self/exe", path, "host", "MGM_EMULATOR_REPORT", file.c_str()), -SIGSEGV);
   char line[1024] = "";
   CHECK(read(descriptor, line, sizeof line - 1) > 0 && std::strstr(line, "\"kind\":\"host access\""));
   close(descriptor);
-  unlink(file);
+  unlink(file.c_str());
 
   setenv("MGM_EMULATOR_DEVICES", "80,90:64M", 1);
   load(path);
