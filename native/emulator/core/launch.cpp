@@ -40,8 +40,8 @@ static Report make_report(Warp& w, int line, int lane, ReportKind kind, const st
   auto triple = [](const uint32_t* v) {
     return "(" + std::to_string(v[0]) + "," + std::to_string(v[1]) + "," + std::to_string(v[2]) + ")";
   };
-  r.message = std::string(report_name(kind)) + ": " + message + ", in kernel '" + r.kernel + "', block " +
-              triple(r.block) + ", thread " + triple(r.thread) + ", PTX line " + std::to_string(line) + ".";
+  r.message = message + ", in kernel '" + r.kernel + "', block " + triple(r.block) + ", thread " +
+              triple(r.thread) + ", PTX line " + std::to_string(line) + ".";
   return r;
 }
 
@@ -585,7 +585,7 @@ LaunchResult launch_kernel(const Kernel& k, const LaunchConfig& config, const st
     Report r{};
     r.kind = ReportKind::invalid_launch;
     r.kernel = k.info.name;
-    r.message = "invalid launch: " + message + ", for kernel '" + k.info.name + "'.";
+    r.message = message + ", for kernel '" + k.info.name + "'.";
     l.result.error = error;
     l.result.reports.push_back(r);
     return l.result;

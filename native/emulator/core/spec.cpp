@@ -49,23 +49,23 @@ DeviceSpec device_spec(int capability) {
 const char* report_name(ReportKind kind) {
   switch (kind) {
     case ReportKind::out_of_bounds:
-      return "out of bounds";
+      return "out_of_bounds";
     case ReportKind::misaligned:
       return "misaligned";
     case ReportKind::uninitialized_read:
-      return "uninitialized read";
+      return "uninitialized_read";
     case ReportKind::use_after_free:
-      return "use after free";
+      return "use_after_free";
     case ReportKind::invalid_free:
-      return "invalid free";
+      return "invalid_free";
     case ReportKind::leak:
       return "leak";
     case ReportKind::shared_race:
-      return "shared memory race";
+      return "shared_race";
     case ReportKind::divergent_barrier:
-      return "divergent barrier";
+      return "divergent_barrier";
     case ReportKind::bad_mask:
-      return "bad mask";
+      return "bad_mask";
     case ReportKind::deadlock:
       return "deadlock";
     case ReportKind::trap:
@@ -73,13 +73,13 @@ const char* report_name(ReportKind kind) {
     case ReportKind::assertion:
       return "assertion";
     case ReportKind::illegal_instruction:
-      return "illegal instruction";
+      return "illegal_instruction";
     case ReportKind::invalid_launch:
-      return "invalid launch";
+      return "invalid_launch";
     case ReportKind::host_access:
-      return "host access";
+      return "host_access";
     case ReportKind::api_misuse:
-      return "API misuse";
+      return "api_misuse";
   }
   return "unknown";
 }

@@ -395,19 +395,19 @@ void memory() {
 
   // Misuse of addresses.
   EQUAL(cuMemcpyHtoD_v2(a + 4, in.data(), kCount * 4), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("out of bounds", "4 bytes past the end of the allocation of 4000 bytes");
+  REPORTED("out_of_bounds", "4 bytes past the end of the allocation of 4000 bytes");
   EQUAL(cuMemcpyHtoD_v2(b, reinterpret_cast<void*>(a), 4), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("host access", "as a host pointer");
+  REPORTED("host_access", "as a host pointer");
   EQUAL(cuMemFree_v2(a + 16), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid free", "not at the start");
+  REPORTED("invalid_free", "not at the start");
   OK(cuMemFree_v2(a));
   EQUAL(cuMemFree_v2(a), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid free", "freed");
+  REPORTED("invalid_free", "freed");
   EQUAL(cuMemcpyDtoH_v2(out.data(), a, 4), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("use after free", "inside the freed allocation");
+  REPORTED("use_after_free", "inside the freed allocation");
   CUdeviceptr fresh = allocate(64);
   OK(cuMemcpyDtoH_v2(out.data(), fresh, 64));
-  REPORTED("uninitialized read", "byte 0 of 64");
+  REPORTED("uninitialized_read", "byte 0 of 64");
   // What was never written stays so where it is copied to.
   CUdeviceptr target = allocate(64);
   OK(cuMemsetD32_v2(fresh, 7, 8));
@@ -415,7 +415,7 @@ void memory() {
   OK(cuMemcpyDtoH_v2(out.data(), target, 32));
   NO_REPORTS();
   OK(cuMemcpyDtoH_v2(out.data(), target, 64));
-  REPORTED("uninitialized read", "byte 32 of 64");
+  REPORTED("uninitialized_read", "byte 32 of 64");
   for (CUdeviceptr address : {b, fresh, target}) OK(cuMemFree_v2(address));
   CUdeviceptr huge = 0;
   EQUAL(cuMemAlloc_v2(&huge, size_t{1} << 50), CUDA_ERROR_OUT_OF_MEMORY);
@@ -424,7 +424,7 @@ void memory() {
   EQUAL(free_after, free_before);
   // Not provided, and says so.
   EQUAL(cuMemAddressReserve(&huge, 1 << 21, 0, 0, 0), CUDA_ERROR_NOT_SUPPORTED);
-  REPORTED("API misuse", "cuMemAddressReserve");
+  REPORTED("api_misuse", "cuMemAddressReserve");
 }
 
 void pinned() {
@@ -462,7 +462,7 @@ void pinned() {
   // Freed while a copy still uses it.
   OK(cuMemcpyDtoHAsync_v2(data, a, kCount * 4, stream));
   OK(cuMemFreeHost(block));
-  REPORTED("use after free", "still uses");
+  REPORTED("use_after_free", "still uses");
   OK(configure("order", "random"));
   std::vector<unsigned> own(256);
   OK(cuMemHostRegister_v2(own.data(), 1024, 2));
@@ -545,25 +545,25 @@ void launches() {
   packed = {a, b, kCount, 0};
   size = 16;
   EQUAL(cuLaunchKernel(twice, 8, 1, 1, 128, 1, 1, 0, nullptr, nullptr, extra), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid launch", "expected 20 bytes of parameters but received 16");
+  REPORTED("invalid_launch", "expected 20 bytes of parameters but received 16");
   EQUAL(cuLaunchKernel(twice, 8, 1, 1, 128, 1, 1, 0, nullptr, nullptr, nullptr), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid launch", "expected 3 parameters but received none");
+  REPORTED("invalid_launch", "expected 3 parameters but received none");
   void* params[] = {&a};
   EQUAL(cuLaunchKernel(bounded, 1, 1, 1, 65, 1, 1, 0, nullptr, params, nullptr),
         CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES);
-  REPORTED("invalid launch", "launch bounds");
+  REPORTED("invalid_launch", "launch bounds");
   EQUAL(cuLaunchKernel(through_shared, 1, 1, 1, 1025, 1, 1, 0, nullptr, params, nullptr),
         CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid launch", "limits");
+  REPORTED("invalid_launch", "limits");
   EQUAL(cuLaunchKernel(through_shared, 1, 65536, 1, 32, 1, 1, 0, nullptr, params, nullptr),
         CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid launch", "limits");
+  REPORTED("invalid_launch", "limits");
   // Shared memory above 48 KiB only when asked for.
   EQUAL(cuLaunchKernel(through_shared, 1, 1, 1, 32, 1, 1, 100 << 10, nullptr, params, nullptr),
         CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid launch", "dynamic shared memory");
+  REPORTED("invalid_launch", "dynamic shared memory");
   EQUAL(cuFuncSetAttribute(through_shared, 8, 164 << 10), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid launch", "cuFuncSetAttribute");
+  REPORTED("invalid_launch", "cuFuncSetAttribute");
   OK(cuFuncSetAttribute(through_shared, 8, 100 << 10));
   OK(cuLaunchKernel(through_shared, 1, 1, 1, 32, 1, 1, 100 << 10, nullptr, params, nullptr));
   OK(cuMemcpyDtoH_v2(out.data(), a, 128));
@@ -583,7 +583,7 @@ void launches() {
   NO_REPORTS();
   attribute.id = 2;
   EQUAL(cuLaunchKernelEx(&config, through_shared, params, nullptr), CUDA_ERROR_NOT_SUPPORTED);
-  REPORTED("API misuse", "cooperative");
+  REPORTED("api_misuse", "cooperative");
   OK(configure("counters", "1"));
   OK(launch_twice(b, a, nullptr, 32));
   OK(cuCtxSynchronize());
@@ -657,7 +657,7 @@ void streams() {
     OK(cuStreamSynchronize(first));
     EQUAL(host_calls.load(), 5);
     EQUAL(host_result.load(), CUDA_ERROR_NOT_PERMITTED);
-    REPORTED("API misuse", "host function");
+    REPORTED("api_misuse", "host function");
 
     // Planted: the event that should join the streams is missing.
     auto other = numbers(kCount, static_cast<unsigned>(std::atoi(seed)));
@@ -666,15 +666,15 @@ void streams() {
     OK(launch_twice(b, a, first));
     OK(launch_twice(c, b, second));
     OK(cuCtxSynchronize());
-    REPORTED("API misuse", "Unordered access");
+    REPORTED("api_misuse", "Unordered access");
     OK(cuMemcpyHtoDAsync_v2(a, in.data(), kCount * 4, first));
     OK(launch_twice(b, a, second));
     OK(cuCtxSynchronize());
-    REPORTED("API misuse", "Unordered access");
+    REPORTED("api_misuse", "Unordered access");
     OK(cuMemsetD32Async(a, 1, kCount, first));
     OK(cuMemcpyDtoDAsync_v2(b, a, kCount * 4, second));
     OK(cuCtxSynchronize());
-    REPORTED("API misuse", "Unordered access");
+    REPORTED("api_misuse", "Unordered access");
     // Not at fault: the host waited in between, or both only read.
     OK(cuMemsetD32Async(a, 1, kCount, first));
     OK(cuStreamSynchronize(first));
@@ -696,9 +696,9 @@ void streams() {
     OK(configure("order", "lazy"));  // so that the use comes before the free after all, and nothing faults
     OK(cuMemAllocAsync(&pool, kCount * 4, first));
     OK(cuMemsetD32Async(pool, 1, kCount, second));
-    REPORTED("API misuse", "has not provided yet");
+    REPORTED("api_misuse", "has not provided yet");
     OK(cuMemFreeAsync(pool, first));
-    REPORTED("use after free", "is not ordered after it");
+    REPORTED("use_after_free", "is not ordered after it");
     OK(cuStreamSynchronize(second));
     OK(cuCtxSynchronize());
     OK(configure("order", "random"));
@@ -710,7 +710,7 @@ void streams() {
     OK(cuMemcpyDtoH_v2(out.data(), c, kCount * 4));
     EQUAL(out[7], (1 * 2 + 3) * 2 + 3);
     EQUAL(cuStreamSynchronize(blocking), CUDA_ERROR_INVALID_HANDLE);
-    REPORTED("API misuse", "does not exist");
+    REPORTED("api_misuse", "does not exist");
     OK(cuStreamDestroy_v2(first));
     OK(cuStreamDestroy_v2(second));
     OK(cuEventDestroy_v2(event));
@@ -864,14 +864,14 @@ void devices() {
   OK(cuCtxPushCurrent_v2(second));
   OK(cuMemAlloc_v2(&there, kCount * 4));
   EQUAL(launch_twice(there, there, nullptr), CUDA_ERROR_INVALID_HANDLE);  // a function of the other context
-  REPORTED("API misuse", "another context");
+  REPORTED("api_misuse", "another context");
   OK(cuCtxPopCurrent_v2(nullptr));
   OK(cuMemcpyPeerAsync(there, second, here, context, kCount * 4, nullptr));
   OK(cuCtxSynchronize());
   OK(cuMemcpyDtoH_v2(out.data(), there, kCount * 4));
   CHECK(out == in);
   EQUAL(cuMemcpyPeerAsync(there, context, here, context, 4, nullptr), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("API misuse", "not of the device");
+  REPORTED("api_misuse", "not of the device");
   OK(cuCtxPushCurrent_v2(second));
   CUdeviceptr more = 0;
   EQUAL(cuMemAlloc_v2(&more, size_t{64} << 20), CUDA_ERROR_OUT_OF_MEMORY);
@@ -884,7 +884,7 @@ void devices() {
   OK(cuMemAllocAsync(&more, size_t{48} << 20, nullptr));
   OK(cuMemFreeAsync(more, nullptr));
   EQUAL(cuMemFreeAsync(more, nullptr), CUDA_ERROR_INVALID_VALUE);
-  REPORTED("invalid free", "already freed");
+  REPORTED("invalid_free", "already freed");
   OK(configure("order", "random"));
   OK(cuCtxSynchronize());
   OK(cuCtxPopCurrent_v2(nullptr));
@@ -927,7 +927,7 @@ void sticky_errors() {
     OK(cuMemsetD32Async(a, 1, kCount, stream));
     OK(launch_twice(b, a, stream));
     EQUAL(cuStreamSynchronize(stream), CUDA_ERROR_ILLEGAL_ADDRESS);
-    REPORTED("out of bounds", "twice");
+    REPORTED("out_of_bounds", "twice");
     EQUAL(cuMemAlloc_v2(&c, 16), CUDA_ERROR_ILLEGAL_ADDRESS);
     EQUAL(launch_twice(b, a, stream), CUDA_ERROR_ILLEGAL_ADDRESS);
     EQUAL(cuCtxSynchronize(), CUDA_ERROR_ILLEGAL_ADDRESS);
@@ -1044,7 +1044,7 @@ int main(int argc, char** argv) {
   int descriptor = mkstemp(file.data());
   EQUAL(again("/proc/self/exe", path, "host", "MGM_EMULATOR_REPORT", file.c_str()), -SIGSEGV);
   char line[1024] = "";
-  CHECK(read(descriptor, line, sizeof line - 1) > 0 && std::strstr(line, "\"kind\":\"host access\""));
+  CHECK(read(descriptor, line, sizeof line - 1) > 0 && std::strstr(line, "\"kind\":\"host_access\""));
   close(descriptor);
   unlink(file.c_str());
 
