@@ -93,7 +93,6 @@ async function compile(family) {
   }
   const text = readFileSync(ptx, 'utf8')
   const version = /^\.version (\d+)\.(\d+)$/m.exec(text)
-  const usage = {}
   const cubins = await Promise.all(
     targets.map(async target => {
       const cubin = join(cache, `${family}-${hash(compiler, text)}.sm_${target}.cubin`)
@@ -104,14 +103,33 @@ async function compile(family) {
       return { target, file: cubin, said: readFileSync(`${cubin}.txt`, 'utf8') }
     }),
   )
-  for (const { target, said } of cubins)
-    for (const [kernel, numbers] of Object.entries(usageOf(said))) {
-      usage[kernel] ??= {}
-      usage[kernel][`sm_${target}`] = numbers
-    }
-  const sorted = Object.fromEntries(Object.entries(usage).sort(([a], [b]) => (a < b ? -1 : 1)))
   const [major, minor] = [Number(version[1]), Number(version[2])]
-  return { family, ptx, version: major * 10 + minor, cubins, usage: sorted, entries: entriesOf(text) }
+  return {
+    family,
+    ptx,
+    version: major * 10 + minor,
+    cubins,
+    usage: tabulate(cubins),
+    entries: entriesOf(text),
+  }
+}
+
+/** { kernel: { 'sm_80 sm_86': usage } }: targets that use the same share a line. */
+function tabulate(cubins) {
+  const kernels = {}
+  for (const { target, said } of cubins)
+    for (const [kernel, usage] of Object.entries(usageOf(said))) {
+      kernels[kernel] ??= {}
+      kernels[kernel][usage] = [...(kernels[kernel][usage] ?? []), `sm_${target}`]
+    }
+  return Object.fromEntries(
+    Object.keys(kernels)
+      .sort()
+      .map(kernel => [
+        kernel,
+        Object.fromEntries(Object.entries(kernels[kernel]).map(([usage, names]) => [names.join(' '), usage])),
+      ]),
+  )
 }
 
 async function lowestVersion(text, ptx) {
@@ -142,29 +160,31 @@ async function assemble(text, target, file) {
   }
 }
 
-/** { kernel: { registers, spills, stack, shared } } of what `ptxas -v` printed. Bytes, but for registers. */
+/** { kernel: '40 registers, 512 bytes shared' } of what `ptxas -v` printed: stack and spills only where there are any. */
 function usageOf(said) {
   const usage = {}
   let kernel
-  let memory
+  let bytes
   for (const line of said.split('\n')) {
-    kernel = /Compiling entry function '(\w+)'/.exec(line)?.[1] ?? kernel
-    const properties = /Function properties for (\w+)/.exec(line)?.[1]
-    if (properties !== undefined) memory = { of: properties }
+    const entry = /Compiling entry function '(\w+)'/.exec(line)
+    if (entry) {
+      kernel = entry[1]
+      bytes = { shared: 0, stack: 0, spills: 0 }
+    }
+    // One such line for the kernel, and one for each function that was not inlined.
     const frame = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(line)
-    if (frame && memory?.stack === undefined)
-      memory = { stack: Number(frame[1]), spills: Number(frame[2]) + Number(frame[3]) }
-    const registers = /Used (\d+) registers/.exec(line)?.[1]
-    if (registers !== undefined && kernel !== undefined) {
-      const shared = Number(/(\d+) bytes smem/.exec(line)?.[1] ?? 0)
-      usage[kernel] = {
-        registers: Number(registers),
-        spills: memory?.spills ?? 0,
-        stack: memory?.stack ?? 0,
-        shared,
-      }
-      kernel = undefined
-      memory = undefined
+    if (frame) {
+      bytes.stack += Number(frame[1])
+      bytes.spills += Number(frame[2]) + Number(frame[3])
+    }
+    const registers = /Used (\d+) registers/.exec(line)
+    if (registers) {
+      bytes.shared = Number(/(\d+) bytes smem/.exec(line)?.[1] ?? 0)
+      const used = Object.entries(bytes).filter(([, count]) => count > 0)
+      usage[kernel] = [
+        `${registers[1]} registers`,
+        ...used.map(([what, count]) => `${count} bytes ${what}`),
+      ].join(', ')
     }
   }
   return usage

@@ -11,13 +11,8 @@ const hasNvcc = spawnSync('nvcc', ['--version']).error === undefined
 const folder = mkdtempSync(join(tmpdir(), 'mgm-cuda-'))
 afterAll(() => rmSync(folder, { recursive: true }))
 
-interface Usage {
-  registers: number
-  spills: number
-  stack: number
-  shared: number
-}
-type Table = Record<string, Record<string, Record<string, Usage>>>
+/** { family: { kernel: { 'sm_80 sm_86': '40 registers, 512 bytes shared' } } } */
+type Table = Record<string, Record<string, Record<string, string>>>
 
 describe.skipIf(!hasNvcc)('the kernels', () => {
   let built: Table
@@ -33,8 +28,8 @@ describe.skipIf(!hasNvcc)('the kernels', () => {
     // On purpose only: node scripts/build-kernels.mjs --update-registers
     expect(built).toEqual(table)
     for (const kernels of Object.values(built))
-      for (const targets of Object.values(kernels))
-        expect(Object.keys(targets).sort()).toEqual(
+      for (const usage of Object.values(kernels))
+        expect(Object.keys(usage).join(' ').split(' ').sort()).toEqual(
           ['sm_80', 'sm_86', 'sm_89', 'sm_90', 'sm_100', 'sm_120'].sort(),
         )
   })
@@ -42,10 +37,10 @@ describe.skipIf(!hasNvcc)('the kernels', () => {
   it('spill nothing', () => {
     const spilling = Object.values(built)
       .flatMap(Object.entries)
-      .flatMap(([kernel, targets]) =>
-        Object.entries(targets as Record<string, Usage>)
-          .filter(([, usage]) => usage.spills > 0)
-          .map(([target]) => `${kernel} on ${target}`),
+      .flatMap(([kernel, usage]) =>
+        Object.entries(usage)
+          .filter(([, said]) => said.includes('spills'))
+          .map(([targets]) => `${kernel} on ${targets}`),
       )
     expect(spilling).toEqual([])
   })
