@@ -56,10 +56,9 @@ if (targets.length === 0 || targets.some(target => !ALL.includes(target)))
   )
 
 const ptxas = values.nvcc.includes('/') ? sibling(values.nvcc, 'ptxas') : 'ptxas'
-// The rules of this script count as a part of the compiler.
-const compiler = tool(values.nvcc) + tool(ptxas) + readFileSync(fileURLToPath(import.meta.url), 'utf8')
-const headers = readdirSync(sources).filter(name => /\.(h|cuh)$/.test(name))
-const shared = headers.map(name => `${name}\0${readFileSync(join(sources, name), 'utf8')}`).join('\0')
+// What this script does to a source counts as a part of the compiler.
+const rules = [compile, lowestVersion, assemble, PTX_VERSIONS, JSON.stringify(VERSION_OF_TARGET)]
+const compiler = [tool(values.nvcc), tool(ptxas), ...rules].join('\0')
 const families = readdirSync(sources)
   .filter(name => name.endsWith('.cu'))
   .map(name => name.slice(0, -3))
@@ -80,7 +79,7 @@ if (values['update-registers']) {
 async function compile(family) {
   const source = join(sources, `${family}.cu`)
   const flags = ['-std=c++17', '-O3', '-ptx', '-arch=compute_80']
-  const key = hash(compiler, flags.join(' '), shared, readFileSync(source, 'utf8'))
+  const key = hash(compiler, ...includes(source).map(file => readFileSync(file, 'utf8')))
   const ptx = join(cache, `${family}-${key}.ptx`)
   if (!existsSync(ptx)) {
     const raw = `${ptx}.${process.pid}.raw`
@@ -130,6 +129,15 @@ function tabulate(cubins) {
         Object.fromEntries(Object.entries(kernels[kernel]).map(([usage, names]) => [names.join(' '), usage])),
       ]),
   )
+}
+
+/** A source and all of our headers that it includes, directly or not. */
+function includes(file, found = []) {
+  if (found.includes(file)) return found
+  found.push(file)
+  for (const [, name] of readFileSync(file, 'utf8').matchAll(/^#include "(.+)"$/gm))
+    includes(join(dirname(file), name), found)
+  return found
 }
 
 async function lowestVersion(text, ptx) {
