@@ -41,10 +41,11 @@ struct Options {
   bool checks = true;     // memory, race, init and sync checks; off: the fast mode
   bool counters = false;  // sectors, bank conflicts, instruction classes
   int threads = 0;        // that blocks spread over; 0: all cores
+  uint64_t sample = 0;    // run so many blocks of a larger grid, spread over it: for counters only; 0: all
   double watchdog_seconds = 60;
 };
-// MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _WATCHDOG. Throws std::runtime_error for anything but a
-// number.
+// MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _SAMPLE, _WATCHDOG. Throws std::runtime_error for anything
+// but a number.
 Options options_from_environment();
 
 enum class ReportKind {
@@ -78,6 +79,7 @@ struct Report {
 };
 
 struct Counters {
+  uint64_t blocks = 0;  // that ran
   uint64_t warp_instructions = 0;
   std::map<std::string, uint64_t> by_class;  // "fma", "mma", "ld.global", "bar", ...
   uint64_t tensor_flops = 0;

@@ -267,11 +267,14 @@ struct Launch {
   Options options;
   std::atomic<bool> abort{false};
   std::atomic<uint64_t> next{0};
-  uint64_t blocks = 0;
+  uint64_t blocks = 0, chosen = 0;  // of the grid; of those, how many run
+  uint64_t stride = 1, offset = 0;  // the order
   std::mutex mutex;
   LaunchResult result;
   std::chrono::steady_clock::time_point started;
   void add(Report report);
+  // The k-th block to run.
+  uint64_t block_at(uint64_t k) const;
 };
 
 std::string hex(uint64_t v);

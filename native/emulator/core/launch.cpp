@@ -501,6 +501,7 @@ bool Block::step() {
 static void merge(Launch& l, Block& b) {
   std::lock_guard lock(l.mutex);
   Counters& c = l.result.counters;
+  ++c.blocks;
   c.warp_instructions += b.counters.warp_instructions;
   c.tensor_flops += b.counters.tensor_flops;
   c.global_sectors_requested += b.counters.global_sectors_requested;
@@ -512,9 +513,19 @@ static void merge(Launch& l, Block& b) {
     if (b.classes[i]) c.by_class[l.kernel->classes[i]] += b.classes[i];
 }
 
-// Blocks in a random order (an affine walk that visits each once). A block that runs for long without ending
-// may wait for another one, so others are started beside it, as many as the device could hold.
-static void work(Launch& l, uint64_t stride, uint64_t offset, size_t resident_limit) {
+// All in a random order (an affine walk that visits each once), or of a sample one anywhere in each of its
+// equal parts of the grid.
+uint64_t Launch::block_at(uint64_t k) const {
+  using Wide = unsigned __int128;
+  if (chosen == blocks) return static_cast<uint64_t>((static_cast<Wide>(k) * stride + offset) % blocks);
+  const auto first = static_cast<uint64_t>(static_cast<Wide>(k) * blocks / chosen);
+  const auto end = static_cast<uint64_t>(static_cast<Wide>(k + 1) * blocks / chosen);
+  return first + std::mt19937_64(options.seed + k)() % (end - first);
+}
+
+// A block that runs for long without ending may wait for another one, so others are started beside it, as
+// many as the device could hold.
+static void work(Launch& l, size_t resident_limit) {
   std::vector<std::unique_ptr<Block>> live, spare;
   try {
     size_t turn = 0, steps = 0;
@@ -522,12 +533,11 @@ static void work(Launch& l, uint64_t stride, uint64_t offset, size_t resident_li
       bool take = live.empty() || (steps > 32 && live.size() < resident_limit);
       if (take) {
         uint64_t k = l.next.fetch_add(1);
-        if (k < l.blocks) {
+        if (k < l.chosen) {
           if (spare.empty()) spare.push_back(std::make_unique<Block>());
           live.push_back(std::move(spare.back()));
           spare.pop_back();
-          live.back()->start(
-              l, static_cast<uint64_t>((static_cast<unsigned __int128>(k) * stride + offset) % l.blocks));
+          live.back()->start(l, l.block_at(k));
           steps = 0;
         } else if (live.empty()) {
           return;
@@ -626,23 +636,23 @@ LaunchResult launch_kernel(const Kernel& k, const LaunchConfig& config, const st
   l.params.resize(k.info.param_bytes + 64);
   l.blocks = uint64_t{config.grid[0]} * config.grid[1] * config.grid[2];
   l.started = std::chrono::steady_clock::now();
-  uint64_t stride = 1, offset = 0;
+  l.chosen = options.sample ? std::min(options.sample, l.blocks) : l.blocks;
   if (options.checks && l.blocks > 2) {
     std::mt19937_64 random(options.seed);
-    offset = random() % l.blocks;
-    do stride = random() % l.blocks;
-    while (std::__gcd(stride, l.blocks) != 1);
+    l.offset = random() % l.blocks;
+    do l.stride = random() % l.blocks;
+    while (std::__gcd(l.stride, l.blocks) != 1);
   }
   int threads_wanted =
       options.threads > 0 ? options.threads : static_cast<int>(std::thread::hardware_concurrency());
-  size_t n = std::clamp<size_t>(static_cast<size_t>(std::max(1, threads_wanted)), 1, l.blocks);
+  size_t n = std::clamp<size_t>(static_cast<size_t>(std::max(1, threads_wanted)), 1, l.chosen);
   size_t per_sm = std::max<size_t>(1, std::min({static_cast<size_t>(spec.max_blocks_per_sm),
                                                 static_cast<size_t>(spec.max_threads_per_sm) / (warps * 32),
                                                 spec.shared_per_sm / std::max<size_t>(shared + 1024, 1)}));
   size_t resident = std::max<size_t>(1, per_sm * static_cast<size_t>(spec.sm_count) / n);
   std::vector<std::thread> pool;
-  for (size_t i = 1; i < n; ++i) pool.emplace_back(work, std::ref(l), stride, offset, resident);
-  work(l, stride, offset, resident);
+  for (size_t i = 1; i < n; ++i) pool.emplace_back(work, std::ref(l), resident);
+  work(l, resident);
   for (std::thread& t : pool) t.join();
   return std::move(l.result);
 }

@@ -28,6 +28,7 @@ Options options_from_environment() {
   if (number("MGM_EMULATOR_CHECKS", &v)) options.checks = v != 0;
   if (number("MGM_EMULATOR_COUNTERS", &v)) options.counters = v != 0;
   if (number("MGM_EMULATOR_THREADS", &v)) options.threads = static_cast<int>(v);
+  if (number("MGM_EMULATOR_SAMPLE", &v)) options.sample = static_cast<uint64_t>(v);
   if (number("MGM_EMULATOR_WATCHDOG", &v)) options.watchdog_seconds = v;
   return options;
 }

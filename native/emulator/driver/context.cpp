@@ -191,6 +191,8 @@ bool configure(Driver& d, const std::string& key, const std::string& value) {
   } else if (key == "threads") {
     d.options.threads =
         static_cast<int>(std::min(1024.0, parse_number(name.c_str(), value, "a number of threads")));
+  } else if (key == "sample") {
+    d.options.sample = static_cast<uint64_t>(parse_number(name.c_str(), value, "a number of blocks"));
   } else if (key == "watchdog") {
     d.options.watchdog_seconds = parse_number(name.c_str(), value, "seconds");
   } else if (key == "order") {

@@ -56,6 +56,18 @@ int copy_out(const std::string& text, char* buffer, int size) {
   return static_cast<int>(text.size());
 }
 
+// Appends to the file that the environment names, if it names one.
+void append_line(const char* variable, const std::string& json) {
+  const char* path = std::getenv(variable);
+  if (!path || !*path) return;
+  if (FILE* file = std::fopen(path, "a")) {
+    std::fprintf(file, "%s\n", json.c_str());
+    std::fclose(file);
+  } else {
+    std::fprintf(stderr, "mgm-emulator: cannot write %s=%s\n", variable, path);
+  }
+}
+
 }  // namespace
 
 void add_report(const Report& report) {
@@ -68,14 +80,7 @@ void add_report(const Report& report) {
   Sink& s = sink();
   std::lock_guard lock(s.mutex);
   std::fprintf(stderr, "mgm-emulator: %s: %s\n", report_name(report.kind), report.message.c_str());
-  if (const char* path = std::getenv("MGM_EMULATOR_REPORT"); path && *path) {
-    if (FILE* file = std::fopen(path, "a")) {
-      std::fprintf(file, "%s\n", json.c_str());
-      std::fclose(file);
-    } else {
-      std::fprintf(stderr, "mgm-emulator: cannot write MGM_EMULATOR_REPORT=%s\n", path);
-    }
-  }
+  append_line("MGM_EMULATOR_REPORT", json);
   // Past the limit only the count grows.
   s.reports.emplace_back(report.kind, s.reports.size() < kReportsKept ? std::move(json) : std::string("{}"));
 }
@@ -100,6 +105,7 @@ void record_launch(const std::string& kernel, int device, const LaunchConfig& co
                      ",\"grid\":" + triple(config.grid) + ",\"block\":" + triple(config.block) +
                      ",\"dynamicShared\":" + std::to_string(config.dynamic_shared) +
                      ",\"error\":" + std::to_string(error) +
+                     ",\"blocksRun\":" + std::to_string(counters.blocks) +
                      ",\"warpInstructions\":" + std::to_string(counters.warp_instructions) + ",\"byClass\":{";
   bool first = true;
   for (auto& [name, count] : counters.by_class) {
@@ -114,6 +120,7 @@ void record_launch(const std::string& kernel, int device, const LaunchConfig& co
           ",\"barriers\":" + std::to_string(counters.barriers) + "}";
   Sink& s = sink();
   std::lock_guard lock(s.mutex);
+  append_line("MGM_EMULATOR_LAUNCHES", json);
   s.launches.push_front(std::move(json));
   if (s.launches.size() > kLaunchesKept) s.launches.pop_back();
 }

@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -591,6 +592,28 @@ void launches() {
   char json[4096];
   CHECK(launch_text(0, json, sizeof json) > 0);
   CHECK(std::strstr(json, "\"kernel\":\"twice\"") && !std::strstr(json, "\"warpInstructions\":0,"));
+  CHECK(std::strstr(json, "\"blocksRun\":1,"));
+  // A sample of a larger grid: so many blocks run, the same ones again with the same seed, the others not.
+  std::string file = (std::filesystem::temp_directory_path() / "mgm-launches-XXXXXX").string();
+  int descriptor = mkstemp(file.data());
+  setenv("MGM_EMULATOR_LAUNCHES", file.c_str(), 1);
+  OK(configure("sample", "3"));
+  OK(cuMemsetD32_v2(b, 0x55555555, kCount));
+  OK(launch_twice(b, a, nullptr));
+  OK(cuCtxSynchronize());
+  OK(configure("sample", "0"));
+  OK(launch_twice(b, a, nullptr, 32));
+  OK(cuCtxSynchronize());
+  unsetenv("MGM_EMULATOR_LAUNCHES");
+  OK(cuMemcpyDtoH_v2(out.data(), b, kCount * 4));
+  long long written = 0;
+  for (unsigned block = 1; block * 128 < kCount; ++block) written += out[block * 128] != 0x55555555;
+  CHECK(written == 2 || written == 3);  // the first block ran once more
+  char lines[8192] = "";
+  CHECK(read(descriptor, lines, sizeof lines - 1) > 0 && std::strstr(lines, "\"blocksRun\":3,"));
+  CHECK(std::count(lines, lines + std::strlen(lines), '\n') == 2 && std::strstr(lines, "\"blocksRun\":1,"));
+  close(descriptor);
+  unlink(file.c_str());
   OK(cuMemFree_v2(a));
   OK(cuMemFree_v2(b));
   NO_REPORTS();
