@@ -7,49 +7,11 @@
 // K, one mma after the other, whatever the tile: a row's bits do not depend on M.
 //
 // At least 2 M N K FLOP and 2 (M K + N K) + 4 M N bytes; a large tile reads M K N (1/128 + 1/128) * 2 bytes.
-#include "common.cuh"
 #include "linear.h"
+#include "mma.cuh"
 
 namespace mgm::cuda {
 namespace {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes, or zeros if !valid.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Where piece `piece` (16 bytes) of row `row` of a slice lies.
-__device__ __forceinline__ uint32_t piece_at(int row, int piece) {
-  return static_cast<uint32_t>(row * (kTileK * 2) + (piece ^ (row >> 1 & 3)) * 16);
-}
 
 template <int kRows, int kThreads>
 __device__ __forceinline__ void load_slice(uint32_t to, const uint16_t* from, int64_t first, int64_t rows,
@@ -58,7 +20,8 @@ __device__ __forceinline__ void load_slice(uint32_t to, const uint16_t* from, in
   for (int i = 0; i < kRows * 4 / kThreads; ++i) {
     const int at = static_cast<int>(threadIdx.x) + i * kThreads, row = at >> 2, piece = at & 3;
     const bool valid = first + row < rows && k + piece * 8 < width;
-    copy_async(to + piece_at(row, piece), valid ? from + (first + row) * width + k + piece * 8 : from, valid);
+    copy_async(to + swizzled<kTileK / 8>(row, piece),
+               valid ? from + (first + row) * width + k + piece * 8 : from, valid ? 16 : 0);
   }
 }
 
@@ -125,16 +88,16 @@ __device__ void multiply(const LinearParams& p) {
       uint32_t a[kBlocksM][4], b[kBlocksN / 2][4];
 #pragma unroll
       for (int i = 0; i < kBlocksM; ++i)
-        load_matrices(a[i], x_at + piece_at(warp_m + i * 16 + lane % 16, half * 2 + lane / 16));
+        load_matrices(a[i], x_at + swizzled<kTileK / 8>(warp_m + i * 16 + lane % 16, half * 2 + lane / 16));
 #pragma unroll
       for (int j = 0; j < kBlocksN / 2; ++j)
-        load_matrices(b[j],
-                      w_at + piece_at(warp_n + j * 16 + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
+        load_matrices(b[j], w_at + swizzled<kTileK / 8>(warp_n + j * 16 + lane % 8 + lane / 16 * 8,
+                                                        half * 2 + lane / 8 % 2));
 #pragma unroll
       for (int i = 0; i < kBlocksM; ++i)
 #pragma unroll
         for (int j = 0; j < kBlocksN; ++j)
-          multiply_add(c[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          multiply_add<__nv_bfloat16>(c[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
   }
   wait_copies<0>();
