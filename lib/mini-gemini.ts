@@ -11,7 +11,6 @@ import { randomSeed } from './engine/sampler.ts'
 import { expected, MgmError, throwIfAborted } from './errors.ts'
 import { KvCache } from './models/decoder.ts'
 import { MgmModel } from './models/mgm.ts'
-import { native } from './native.ts'
 import { type ConversationName, conversationFor } from './processing/conversation.ts'
 import { type ImageInput, ImageProcessor } from './processing/image.ts'
 import { buildPrompt, type Message, tokenizePrompt } from './processing/prompt.ts'
@@ -413,21 +412,7 @@ function openDevice(options: LoadOptions, notes: string[]): Device {
     ...(threads !== undefined && { threads }),
     ...(memoryLimit !== undefined && { memoryLimit }),
   }
-  if (device === 'cpu') return Device.open(device, settings)
-  const missingOps = native().cudaMissingOps().join(', ')
-  if (device !== 'auto') {
-    const opened = Device.open(device, settings)
-    if (missingOps === '') return opened
-    void opened.close()
-    throw new MgmError(
-      'UNSUPPORTED',
-      `the CUDA backend has no kernels yet for ${missingOps}; use device: 'cpu' or 'auto'`,
-    )
-  }
-  if (missingOps !== '') {
-    notes.push(`running on the CPU: the CUDA backend has no kernels yet for ${missingOps}`)
-    return Device.open('cpu', settings)
-  }
+  if (device !== 'auto') return Device.open(device, settings)
   try {
     return Device.open('cuda', settings)
   } catch (error) {

@@ -82,8 +82,6 @@ export interface Native {
   /** Copies a contiguous tensor to one of the same size on another GPU, in order with the work of both. */
   copyBetween(source: NativeTensor, destination: NativeTensor): void
   cudaSurvey(): CudaSurvey
-  /** Ops that the CUDA backend has no kernel for, as native/ops.h spells them. */
-  cudaMissingOps(): string[]
   mapFile(path: string): NativeMappedFile
   opTable(): NativeOp[]
   call(op: number, args: unknown[]): NativeTensor[]

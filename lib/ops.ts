@@ -1,6 +1,9 @@
 import { native } from './native.ts'
 import { type DType, Tensor } from './tensor.ts'
 
+/** What activations are stored as: f32 on the CPU; bf16 or f16 on a GPU, whose ops without matrix products take f32 too. */
+export type ActivationType = 'f32' | 'bf16' | 'f16'
+
 export type Activation = 'none' | 'gelu' | 'gelu_tanh' | 'quick_gelu' | 'silu'
 
 /**
@@ -12,7 +15,7 @@ export const OPS = {
   permute: 'x:tensor dims:int[]',
   scaleColumns: 'w:tensor scale:tensor',
   packLinear: 'weights:tensor[] dtype:dtype gated:bool',
-  linear: 'x:tensor w:tensor bias:tensor? scale:tensor? residual:tensor? activation:activation',
+  linear: 'x:tensor w:tensor bias:tensor? scale:tensor? residual:tensor? activation:activation out:dtype',
   moeRoute: 'logits:tensor topK:int',
   groupedLinear: 'x:tensor w:tensor[] ids:tensor weights:tensor? residual:tensor? activation:activation',
   conv2d:
@@ -26,7 +29,7 @@ export const OPS = {
   ropeAndCache: 'qkv:tensor positions:tensor slots:tensor invFreq:tensor kPages:tensor vPages:tensor',
   patchMining: 'g:tensor stages:tensor[] grid:int downscale:int eps:float scale:float',
   resizeBilinear: 'x:tensor height:int width:int',
-  embedding: 'table:tensor ids:tensor scale:float',
+  embedding: 'table:tensor ids:tensor scale:float out:dtype',
   spliceEmbeddings: 'text:tensor image:tensor index:tensor',
   sample: 'logits:tensor options:tensor state:tensor history:tensor? mask:tensor? topLogprobs:int',
 } as const
@@ -65,7 +68,7 @@ export function permute(x: Tensor, dims: readonly number[]): Tensor {
   return one(call('permute', x, dims))
 }
 
-/** `w[n, k] * scale[k]`, f32 [N, K]. */
+/** `w[n, k] * scale[k]`, [N, K] of w's type. */
 export function scaleColumns(w: Tensor, scale: Tensor): Tensor {
   return one(call('scaleColumns', w, scale))
 }
@@ -97,10 +100,13 @@ export interface Epilogue {
   activation?: Activation | undefined
 }
 
-/** residual + scale ⊙ act(x Wᵀ + bias). x [M, K] (rows may be strided), w packed [N, K] → [M, N]. */
-export function linear(x: Tensor, w: Tensor, epilogue: Epilogue = {}): Tensor {
-  const { bias, scale, residual, activation = 'none' } = epilogue
-  return one(call('linear', x, w, bias, scale, residual, activation))
+/**
+ * residual + scale ⊙ act(x Wᵀ + bias). x [M, K] (rows may be strided), w packed [N, K] → [M, N] of x's type, or f32 where
+ * `out` says so.
+ */
+export function linear(x: Tensor, w: Tensor, epilogue: Epilogue & { out?: 'f32' } = {}): Tensor {
+  const { bias, scale, residual, activation = 'none', out = x.dtype } = epilogue
+  return one(call('linear', x, w, bias, scale, residual, activation, out))
 }
 
 /** Softmax over the experts, the k largest renormalized to sum 1. logits [T, E] → weights f32 [T, k], ids i32 [T, k]. (Mixtral) */
@@ -252,9 +258,16 @@ export function resizeBilinear(x: Tensor, height: number, width: number): Tensor
   return one(call('resizeBilinear', x, height, width))
 }
 
-/** scale · table[ids]; a negative id gives a row of zeros. table [V, C] (any float dtype, or packed), ids i32 [T] → f32 [T, C]. */
-export function embedding(table: Tensor, ids: Tensor, scale = 1): Tensor {
-  return one(call('embedding', table, ids, scale))
+/**
+ * scale · table[ids]; a negative id gives a row of zeros. table [V, C] (any float dtype, or packed), ids i32 [T] →
+ * [T, C] of type `out`, which on the CPU is f32.
+ */
+export function embedding(
+  table: Tensor,
+  ids: Tensor,
+  options: { scale?: number; out?: ActivationType } = {},
+): Tensor {
+  return one(call('embedding', table, ids, options.scale ?? 1, options.out ?? 'f32'))
 }
 
 /** Row p is text[index[p]], or image[−1 − index[p]] where index[p] is negative. text [T, C], image [M, C], index i32 [P] → [P, C]. */

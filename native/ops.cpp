@@ -63,6 +63,27 @@ void check_float(const Tensor& tensor, const char* name) {
     refuse("f32, bf16 or f16", name, shape_string(tensor.view));
 }
 
+// Device::computes_in of x's type.
+DType check_activations(const Tensor& x, const char* name, bool matrices) {
+  const DType dtype = x.dtype();
+  if (x.packed() || !x.device().computes_in(dtype, matrices)) {
+    std::string types;
+    for (const DType one : {DType::f32, DType::bf16, DType::f16})
+      if (x.device().computes_in(one, matrices))
+        types += (types.empty() ? "" : " or ") + std::string(dtype_name(one));
+    refuse(types + " activations", name, shape_string(x.view));
+  }
+  return dtype;
+}
+
+// What an op writes that may keep its sums' precision: the type of its activations, or f32.
+DType check_result(DType asked, DType activations) {
+  if (asked != activations && asked != DType::f32)
+    refuse(std::string(dtype_name(activations)) + (activations == DType::f32 ? "" : " or f32"), "out",
+           dtype_name(asked));
+  return asked;
+}
+
 void check_rank(const Tensor& tensor, const char* name, int rank) {
   if (tensor.rank() != rank) refuse(format("%d dimensions", rank), name, shape_string(tensor.view));
 }
@@ -79,9 +100,14 @@ float check_finite(double value, const char* name, bool positive) {
   return static_cast<float>(value);
 }
 
-// The packed matrix for inputs of width k; its number of outputs (half its rows when gated).
-int64_t check_packed(const Tensor& w, const char* name, int64_t k) {
+// The packed matrix for activations of type `a` and width k; its number of outputs (half its rows when
+// gated).
+int64_t check_packed(const Tensor& w, const char* name, DType a, int64_t k) {
   if (!w.packed() || w.rank() != 2) refuse("weights packed by packLinear", name, shape_string(w.view));
+  const bool quantized = w.dtype() == DType::int8 || w.dtype() == DType::int4;
+  if (a != DType::f32 && !quantized && w.dtype() != a)
+    refuse(format("%s, int8 or int4 weights with %s activations", dtype_name(a), dtype_name(a)), name,
+           shape_string(w.view));
   if (w.dim(1) != k) refuse(format("packed weights [any, %lld]", ll(k)), name, shape_string(w.view));
   return w.view.layout == Layout::gated_panels ? w.dim(0) / 2 : w.dim(0);
 }
@@ -103,8 +129,7 @@ Tensor make(Device& device, const Shape& shape) {
 
 // [..., C] as [rows, C]; leading dimensions must be contiguous unless there is only one.
 Tensor as_rows(const Tensor& x, const char* name) {
-  if (x.packed() || x.dtype() != DType::f32 || x.rank() < 2)
-    refuse("f32 [rows, channels]", name, shape_string(x.view));
+  if (x.packed() || x.rank() < 2) refuse("[rows, channels]", name, shape_string(x.view));
   if (x.rank() == 2) {
     if (!x.rows_contiguous()) refuse("contiguous rows", name, "a strided view; copy it with cast");
     return x;
@@ -158,9 +183,10 @@ Tensor permute(const Tensor& x, const Ints& dims) {
 }
 
 Tensor scale_columns(const Tensor& w, const Tensor& scale) {
-  check(w, "w", DType::f32, {kAny, kAny}, Rows::strided);
+  const DType a = check_activations(w, "w", false);
+  check(w, "w", a, {kAny, kAny}, Rows::strided);
   check(scale, "scale", DType::f32, {w.dim(1)});
-  Tensor out = make(w.device(), w.shape());
+  Tensor out = make(w.device(), a, w.shape());
   w.device().scale_columns({w.view, scale.view, out.view});
   return out;
 }
@@ -192,11 +218,11 @@ Tensor pack_linear(const TensorList& weights, DType dtype, bool gated) {
 }
 
 // The epilogue's tensors for `rows` rows of `n` outputs.
-void check_epilogue(const Tensor& w, const OptTensor& bias, const OptTensor& scale, const OptTensor& residual,
-                    int64_t rows, int64_t n) {
+void check_epilogue(DType a, const Tensor& w, const OptTensor& bias, const OptTensor& scale,
+                    const OptTensor& residual, int64_t rows, int64_t n) {
   check(bias, "bias", DType::f32, {w.dim(0)});
   check(scale, "scale", DType::f32, {n});
-  check(residual, "residual", DType::f32, {kAny, n}, Rows::strided);
+  check(residual, "residual", a, {kAny, n}, Rows::strided);
   if (residual && rows > 0 && (residual->dim(0) == 0 || rows % residual->dim(0)))
     refuse(format("a divisor of %lld rows", ll(rows)), "residual", shape_string(residual->view));
 }
@@ -206,13 +232,14 @@ View view_of(const OptTensor& tensor) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& scale,
-              const OptTensor& residual, Activation activation) {
+              const OptTensor& residual, Activation activation, DType result) {
+  const DType a = check_activations(x, "x", true);
   const Tensor rows = as_rows(x, "x");
-  const int64_t n = check_packed(w, "w", rows.dim(1));
+  const int64_t n = check_packed(w, "w", a, rows.dim(1));
   OptTensor added = residual;
   if (added && added->rank() > 2) added = as_rows(*added, "residual");
-  check_epilogue(w, bias, scale, added, rows.dim(0), n);
-  Tensor out = make(x.device(), {rows.dim(0), n});
+  check_epilogue(a, w, bias, scale, added, rows.dim(0), n);
+  Tensor out = make(x.device(), check_result(result, a), {rows.dim(0), n});
   if (rows.dim(0) > 0)
     x.device().linear(
         {rows.view, w.view, view_of(bias), view_of(scale), view_of(added), activation, out.view});
@@ -230,13 +257,14 @@ std::vector<Tensor> moe_route(const Tensor& logits, int64_t top_k) {
 
 Tensor grouped_linear(const Tensor& x, const TensorList& w, const Tensor& ids, const OptTensor& weights,
                       const OptTensor& residual, Activation activation) {
-  check(x, "x", DType::f32, {kAny, kAny}, Rows::strided);
+  const DType a = check_activations(x, "x", true);
+  check(x, "x", a, {kAny, kAny}, Rows::strided);
   check(ids, "ids", DType::i32, {kAny, kAny});
   if (w.empty()) refuse("at least one expert", "w", "none");
-  const int64_t tokens = ids.dim(0), k = ids.dim(1), n = check_packed(w[0], "w", x.dim(1));
+  const int64_t tokens = ids.dim(0), k = ids.dim(1), n = check_packed(w[0], "w", a, x.dim(1));
   std::vector<View> views;
   for (const Tensor& expert : w) {
-    check_packed(expert, "w", x.dim(1));
+    check_packed(expert, "w", a, x.dim(1));
     if (expert.dim(0) != w[0].dim(0) || expert.dtype() != w[0].dtype() ||
         expert.view.layout != w[0].view.layout)
       refuse(shape_string(w[0].view), "every expert of w", shape_string(expert.view));
@@ -246,8 +274,8 @@ Tensor grouped_linear(const Tensor& x, const TensorList& w, const Tensor& ids, c
     refuse(format("%lld rows", ll(weights ? tokens * k : tokens)), "x", shape_string(x.view));
   check(weights, "weights", DType::f32, {tokens, k});
   if (residual && !weights) refuse("none without weights", "residual", shape_string(residual->view));
-  check(residual, "residual", DType::f32, {tokens, n}, Rows::strided);
-  Tensor out = make(x.device(), {weights ? tokens : tokens * k, n});
+  check(residual, "residual", a, {tokens, n}, Rows::strided);
+  Tensor out = make(x.device(), a, {weights ? tokens : tokens * k, n});
   if (tokens > 0)
     x.device().grouped_linear({x.view, views.data(), static_cast<int>(views.size()), ids.view,
                                view_of(weights), view_of(residual), activation, out.view});
@@ -257,7 +285,8 @@ Tensor grouped_linear(const Tensor& x, const TensorList& w, const Tensor& ids, c
 Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& scale,
               const OptTensor& residual, const Ints& kernel, int64_t stride, int64_t pad,
               Activation activation) {
-  check(x, "x", DType::f32, {kAny, kAny, kAny, kAny});
+  const DType a = check_activations(x, "x", true);
+  check(x, "x", a, {kAny, kAny, kAny, kAny});
   if (kernel.size() != 2) refuse("two sizes", "kernel", shape_string(kernel));
   const int64_t kh = check_range(kernel[0], "kernel", 1, 1024),
                 kw = check_range(kernel[1], "kernel", 1, 1024);
@@ -268,10 +297,12 @@ Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Opt
   if (x.dim(1) + 2 * pad < kh || x.dim(2) + 2 * pad < kw)
     refuse(format("at least %lld x %lld pixels", ll(kh - 2 * pad), ll(kw - 2 * pad)), "x",
            shape_string(x.view));
-  const int64_t n = check_packed(w, "w", kh * kw * channels), rows = batch * oh * ow;
+  const int64_t n = check_packed(w, "w", a, kh * kw * channels), rows = batch * oh * ow;
   if (w.view.layout != Layout::panels) refuse("ungated weights", "w", shape_string(w.view));
-  check_epilogue(w, bias, scale, residual, rows, n);
-  Tensor out = make(x.device(), {batch, oh, ow, n});
+  if (a != DType::f32 && w.dtype() != a)
+    refuse(format("%s weights", dtype_name(a)), "w", shape_string(w.view));
+  check_epilogue(a, w, bias, scale, residual, rows, n);
+  Tensor out = make(x.device(), a, {batch, oh, ow, n});
   if (rows > 0)
     x.device().conv2d({x.view, w.view, view_of(bias), view_of(scale), view_of(residual), static_cast<int>(kh),
                        static_cast<int>(kw), static_cast<int>(stride), static_cast<int>(pad), activation,
@@ -281,14 +312,15 @@ Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const Opt
 
 Tensor depthwise_conv_norm(const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& norm_weight,
                            const Tensor& norm_bias, double eps) {
-  check(x, "x", DType::f32, {kAny, kAny, kAny, kAny});
+  const DType a = check_activations(x, "x", true);
+  check(x, "x", a, {kAny, kAny, kAny, kAny});
   const int64_t channels = x.dim(3);
   check(w, "w", DType::f32, {kAny, kAny, channels});
   if (w.dim(0) % 2 == 0 || w.dim(1) % 2 == 0) refuse("odd kernel sizes", "w", shape_string(w.view));
   check(bias, "bias", DType::f32, {channels});
   check(norm_weight, "normWeight", DType::f32, {channels});
   check(norm_bias, "normBias", DType::f32, {channels});
-  Tensor out = make(x.device(), x.shape());
+  Tensor out = make(x.device(), a, x.shape());
   if (x.view.numel() > 0)
     x.device().depthwise_conv_norm({x.view, w.view, bias.view, norm_weight.view, norm_bias.view,
                                     check_finite(eps, "eps", true), out.view});
@@ -297,13 +329,14 @@ Tensor depthwise_conv_norm(const Tensor& x, const Tensor& w, const Tensor& bias,
 
 std::vector<Tensor> rms_norm(const Tensor& x, const Tensor& weight, const OptTensor& residual, double eps,
                              double weight_offset) {
+  const DType a = check_activations(x, "x", false);
   const Tensor rows = as_rows(x, "x");
   check(weight, "weight", DType::f32, {rows.dim(1)});
   OptTensor added;
   if (residual) added = as_rows(*residual, "residual");
-  check(added, "residual", DType::f32, {rows.dim(0), rows.dim(1)}, Rows::strided);
-  std::vector<Tensor> out{make(x.device(), rows.shape())};
-  if (added) out.push_back(make(x.device(), rows.shape()));
+  check(added, "residual", a, {rows.dim(0), rows.dim(1)}, Rows::strided);
+  std::vector<Tensor> out{make(x.device(), a, rows.shape())};
+  if (added) out.push_back(make(x.device(), a, rows.shape()));
   if (rows.view.numel() > 0)
     x.device().rms_norm({rows.view, view_of(added), weight.view, check_finite(eps, "eps", false),
                          check_finite(weight_offset, "weightOffset", false), out[0].view,
@@ -314,14 +347,15 @@ std::vector<Tensor> rms_norm(const Tensor& x, const Tensor& weight, const OptTen
 
 std::vector<Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                const OptTensor& residual, double eps) {
+  const DType a = check_activations(x, "x", false);
   const Tensor rows = as_rows(x, "x");
   check(weight, "weight", DType::f32, {rows.dim(1)});
   check(bias, "bias", DType::f32, {rows.dim(1)});
   OptTensor added;
   if (residual) added = as_rows(*residual, "residual");
-  check(added, "residual", DType::f32, {rows.dim(0), rows.dim(1)}, Rows::strided);
-  std::vector<Tensor> out{make(x.device(), rows.shape())};
-  if (added) out.push_back(make(x.device(), rows.shape()));
+  check(added, "residual", a, {rows.dim(0), rows.dim(1)}, Rows::strided);
+  std::vector<Tensor> out{make(x.device(), a, rows.shape())};
+  if (added) out.push_back(make(x.device(), a, rows.shape()));
   if (rows.view.numel() > 0)
     x.device().layer_norm({rows.view, view_of(added), weight.view, bias.view, check_finite(eps, "eps", false),
                            out[0].view, added ? out[1].view : View{}});
@@ -336,15 +370,16 @@ void check_heads(int64_t heads, int64_t kv_heads) {
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
                  double scale, bool causal) {
-  check(q, "q", DType::f32, {kAny, kAny, kAny}, Rows::strided);
+  const DType a = check_activations(q, "q", true);
+  check(q, "q", a, {kAny, kAny, kAny}, Rows::strided);
   check_range(q.dim(2), "the head dimension of q", 1, 512);
-  check(k, "k", DType::f32, {kAny, kAny, q.dim(2)}, Rows::strided);
-  check(v, "v", DType::f32, {k.dim(0), k.dim(1), q.dim(2)}, Rows::strided);
+  check(k, "k", a, {kAny, kAny, q.dim(2)}, Rows::strided);
+  check(v, "v", a, {k.dim(0), k.dim(1), q.dim(2)}, Rows::strided);
   check_heads(q.dim(1), k.dim(1));
   check(cu_q, "cuQ", DType::i32, {kAny});
   check(cu_k, "cuK", DType::i32, {cu_q.dim(0)});
   check_range(cu_q.dim(0), "the length of cuQ", 1, 1 << 24);
-  Tensor out = make(q.device(), q.shape());
+  Tensor out = make(q.device(), a, q.shape());
   if (q.view.numel() > 0)
     q.device().attention({q.view, k.view, v.view, cu_q.view, cu_k.view, check_finite(scale, "scale", false),
                           causal, out.view});
@@ -361,14 +396,17 @@ void check_pages(const Tensor& k_pages, const Tensor& v_pages, int64_t head_dim)
 Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                        const Tensor& block_table, const Tensor& cu_q, const Tensor& context_lens,
                        double scale) {
-  check(q, "q", DType::f32, {kAny, kAny, kAny}, Rows::strided);
+  const DType a = check_activations(q, "q", true);
+  check(q, "q", a, {kAny, kAny, kAny}, Rows::strided);
   check_range(q.dim(2), "the head dimension of q", 1, 512);
   check_pages(k_pages, v_pages, q.dim(2));
+  if (a != DType::f32 && k_pages.dtype() != a)
+    refuse(std::string(dtype_name(a)) + " pages", "kPages", shape_string(k_pages.view));
   check_heads(q.dim(1), k_pages.dim(1));
   check(context_lens, "contextLens", DType::i32, {kAny});
   check(block_table, "blockTable", DType::i32, {context_lens.dim(0), kAny});
   check(cu_q, "cuQ", DType::i32, {context_lens.dim(0) + 1});
-  Tensor out = make(q.device(), q.shape());
+  Tensor out = make(q.device(), a, q.shape());
   if (q.view.numel() > 0)
     q.device().paged_attention({q.view, k_pages.view, v_pages.view, block_table.view, cu_q.view,
                                 context_lens.view, check_finite(scale, "scale", false), out.view});
@@ -377,7 +415,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
 
 Tensor rope_and_cache(const Tensor& qkv, const Tensor& positions, const Tensor& slots, const Tensor& inv_freq,
                       const Tensor& k_pages, const Tensor& v_pages) {
-  check(qkv, "qkv", DType::f32, {kAny, kAny}, Rows::strided);
+  const DType a = check_activations(qkv, "qkv", false);
+  check(qkv, "qkv", a, {kAny, kAny}, Rows::strided);
   check(inv_freq, "invFreq", DType::f32, {kAny});
   const int64_t head_dim = 2 * inv_freq.dim(0);
   check_pages(k_pages, v_pages, head_dim);
@@ -388,7 +427,7 @@ Tensor rope_and_cache(const Tensor& qkv, const Tensor& positions, const Tensor& 
     refuse(format("rows of (heads + %lld) x %lld", ll(2 * kv_heads), ll(head_dim)), "qkv",
            shape_string(qkv.view));
   check_heads(heads, kv_heads);
-  Tensor out = make(qkv.device(), {qkv.dim(0), heads, head_dim});
+  Tensor out = make(qkv.device(), a, {qkv.dim(0), heads, head_dim});
   if (qkv.dim(0) > 0)
     qkv.device().rope_and_cache(
         {qkv.view, positions.view, slots.view, inv_freq.view, k_pages.view, v_pages.view, out.view});
@@ -402,9 +441,10 @@ Tensor patch_mining(const Tensor& g, const TensorList& stages, int64_t grid, int
   check_range(grid, "grid", 1, 4096);
   check_range(downscale, "downscale", 1, 16);
   PatchMiningArgs args{};
+  const DType a = check_activations(stages[0], "stages", true);
   int64_t channels = 0;
   for (size_t i = 0; i < 4; ++i) {
-    check(stages[i], "stages", DType::f32, {stages[0].dim(0), kAny, kAny, kAny});
+    check(stages[i], "stages", a, {stages[0].dim(0), kAny, kAny, kAny});
     if (stages[i].view.numel() == 0)
       refuse("maps that are not empty", "stages", shape_string(stages[i].view));
     channels += stages[i].dim(3);
@@ -415,7 +455,7 @@ Tensor patch_mining(const Tensor& g, const TensorList& stages, int64_t grid, int
   const int64_t side = std::min(stages[0].dim(1), stages[0].dim(2)) / downscale;
   if (side < grid)
     refuse(format("at least %lld positions a side", ll(grid)), "stages", shape_string(stages[0].view));
-  Tensor out = make(g.device(), {g.dim(0), channels});
+  Tensor out = make(g.device(), a, {g.dim(0), channels});
   args.g = g.view;
   args.grid = static_cast<int>(grid);
   args.downscale = static_cast<int>(downscale);
@@ -427,33 +467,36 @@ Tensor patch_mining(const Tensor& g, const TensorList& stages, int64_t grid, int
 }
 
 Tensor resize_bilinear(const Tensor& x, int64_t height, int64_t width) {
-  check(x, "x", DType::f32, {kAny, kAny, kAny, kAny});
+  const DType a = check_activations(x, "x", false);
+  check(x, "x", a, {kAny, kAny, kAny, kAny});
   check_range(height, "height", 1, 1 << 20);
   check_range(width, "width", 1, 1 << 20);
   if (x.view.numel() == 0) refuse("at least one pixel", "x", shape_string(x.view));
-  Tensor out = make(x.device(), {x.dim(0), height, width, x.dim(3)});
+  Tensor out = make(x.device(), a, {x.dim(0), height, width, x.dim(3)});
   x.device().resize_bilinear({x.view, out.view});
   return out;
 }
 
-Tensor embedding(const Tensor& table, const Tensor& ids, double scale) {
+Tensor embedding(const Tensor& table, const Tensor& ids, double scale, DType result) {
   check_rank(table, "table", 2);
   if (!table.packed()) {
     check_float(table, "table");
     if (!table.rows_contiguous()) refuse("contiguous rows", "table", "a strided view");
   }
   check(ids, "ids", DType::i32, {kAny});
-  Tensor out = make(table.device(), {ids.dim(0), table.dim(1)});
+  if (!table.device().computes_in(result, false)) refuse("a type of activations", "out", dtype_name(result));
+  Tensor out = make(table.device(), result, {ids.dim(0), table.dim(1)});
   if (out.view.numel() > 0)
     table.device().embedding({table.view, ids.view, check_finite(scale, "scale", false), out.view});
   return out;
 }
 
 Tensor splice_embeddings(const Tensor& text, const Tensor& image, const Tensor& index) {
-  check(text, "text", DType::f32, {kAny, kAny}, Rows::strided);
-  check(image, "image", DType::f32, {kAny, text.dim(1)}, Rows::strided);
+  const DType a = check_activations(text, "text", false);
+  check(text, "text", a, {kAny, kAny}, Rows::strided);
+  check(image, "image", a, {kAny, text.dim(1)}, Rows::strided);
   check(index, "index", DType::i32, {kAny});
-  Tensor out = make(text.device(), {index.dim(0), text.dim(1)});
+  Tensor out = make(text.device(), a, {index.dim(0), text.dim(1)});
   if (out.view.numel() > 0) text.device().splice_embeddings({text.view, image.view, index.view, out.view});
   return out;
 }
@@ -609,7 +652,7 @@ const std::vector<Op>& op_table() {
       op("permute", &permute, {"x", "dims"}),
       op("scaleColumns", &scale_columns, {"w", "scale"}),
       op("packLinear", &pack_linear, {"weights", "dtype", "gated"}),
-      op("linear", &linear, {"x", "w", "bias", "scale", "residual", "activation"}),
+      op("linear", &linear, {"x", "w", "bias", "scale", "residual", "activation", "out"}),
       op("moeRoute", &moe_route, {"logits", "topK"}),
       op("groupedLinear", &grouped_linear, {"x", "w", "ids", "weights", "residual", "activation"}),
       op("conv2d", &conv2d, {"x", "w", "bias", "scale", "residual", "kernel", "stride", "pad", "activation"}),
@@ -622,7 +665,7 @@ const std::vector<Op>& op_table() {
       op("ropeAndCache", &rope_and_cache, {"qkv", "positions", "slots", "invFreq", "kPages", "vPages"}),
       op("patchMining", &patch_mining, {"g", "stages", "grid", "downscale", "eps", "scale"}),
       op("resizeBilinear", &resize_bilinear, {"x", "height", "width"}),
-      op("embedding", &embedding, {"table", "ids", "scale"}),
+      op("embedding", &embedding, {"table", "ids", "scale", "out"}),
       op("spliceEmbeddings", &splice_embeddings, {"text", "image", "index"}),
       op("sample", &sample, {"logits", "options", "state", "history", "mask", "topLogprobs"}),
   };

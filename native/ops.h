@@ -2,10 +2,15 @@
 //
 // Layouts: activations row-major [tokens, channels]; images NHWC; attention [tokens, heads, head_dim] packed
 // with cumulative lengths (varlen); KV in pages [page, kv_heads, page_size, head_dim]. "rows may be strided"
-// means that only the last dimension (or, for [T, H, D], the last two) must be contiguous. Activations are
-// f32 on the CPU. Everything marked optional may be an empty View. Shapes and dtypes have been checked
-// (native/ops.cpp) before a backend sees them. Every result of a row depends on that row's inputs alone, bit
-// for bit: a reduction's order is fixed by the reduced length, never by how many rows share the call.
+// means that only the last dimension (or, for [T, H, D], the last two) must be contiguous.
+//
+// A is the type of activations: f32 on the CPU; on CUDA bf16 or f16, and f32 too for ops that multiply no
+// matrices (Device::computes_in). An op's activations are all of one type, its sums f32, and each result is
+// rounded to A once. What is no activation (biases, norms, layer scales, depthwise weights) is f32.
+//
+// Everything marked optional may be an empty View. Shapes and dtypes have been checked (native/ops.cpp)
+// before a backend sees them. Every result of a row depends on that row's inputs alone, bit for bit: a
+// reduction's order is fixed by the reduced length, never by how many rows share the call.
 #pragma once
 #include "runtime/view.h"
 
@@ -25,7 +30,7 @@ struct PermuteArgs {
   int dims[kMaxRank];
 };
 
-// out[n,k] = w[n,k] * scale[k], f32.
+// out[n,k] = w[n,k] * scale[k]; w and out A.
 struct ScaleColumnsArgs {
   View w, scale, out;
 };
@@ -42,14 +47,14 @@ struct PackLinearArgs {
 // out[m] = residual[m % R] + scale * act(x[m] W^T + bias);  gated: act(x[m] Wgate^T + bias_gate) * (x[m]
 // Wup^T + bias_up)
 struct LinearArgs {
-  View x;         // [M, K], rows may be strided
-  View w;         // panels [N, K] or gated_panels [2N, K]
+  View x;         // A [M, K], rows may be strided
+  View w;         // panels [N, K] or gated_panels [2N, K]; on CUDA of type A, int8 or int4
   View bias;      // optional [N] (gated: [2N]) f32
   View scale;     // optional [N] f32, ConvNeXt's layer scale
-  View residual;  // optional [R, N] f32, M % R == 0, rows may be strided; may be the same memory as out when
+  View residual;  // optional A [R, N], M % R == 0, rows may be strided; may be the same memory as out when
                   // R == M
   Activation activation;
-  View out;  // [M, N]
+  View out;  // A or f32 [M, N]
 };
 
 // Mixtral's router: softmax over E in f32, the k largest (lowest index first on ties), renormalized to sum 1.
@@ -61,35 +66,35 @@ struct MoeRouteArgs {
 // With `weights` (scatter):   x [T*k, K], out [T, N], out[t] = residual[t] + sum_j weights[t,j] * x[t*k+j]
 // W_{ids[t,j]}^T, j in order.
 struct GroupedLinearArgs {
-  View x;
+  View x;         // A, rows may be strided
   const View* w;  // `experts` packed matrices of one shape
   int experts;
   View ids;       // i32 [T, k]
   View weights;   // optional f32 [T, k]
-  View residual;  // optional [T, N], only with weights
+  View residual;  // optional A [T, N], only with weights
   Activation activation;
-  View out;
+  View out;  // A
 };
 
 // Convolution as a GEMM over patches packed on the fly. w: panels [O, kh*kw*C], patch order (kh, kw, C). Zero
 // padding. residual row of output position r (over B*OH*OW, row-major) is r % R: CLIP adds its position
 // embedding that way.
 struct Conv2dArgs {
-  View x;                         // [B, H, W, C]
-  View w, bias, scale, residual;  // as in LinearArgs; residual [R, O]
+  View x;                         // A [B, H, W, C]
+  View w, bias, scale, residual;  // as in LinearArgs, w not quantized; residual [R, O]
   int kernel_h, kernel_w, stride, pad;
   Activation activation;
-  View out;  // [B, OH, OW, O]
+  View out;  // A [B, OH, OW, O]
 };
 
 // LayerNorm over C of bias + depthwise conv (stride 1, zero padding kh/2, kw/2).
 struct DepthwiseConvNormArgs {
-  View x;                       // [B, H, W, C]
+  View x;                       // A [B, H, W, C]
   View w;                       // [kh, kw, C] f32
   View bias;                    // [C]
   View norm_weight, norm_bias;  // [C]
   float eps;
-  View out;  // [B, H, W, C]
+  View out;  // A [B, H, W, C]
 };
 
 // sum = x + residual (if given; `sum` is then written too); out = sum / sqrt(mean(sum^2) + eps) * (weight +
@@ -98,7 +103,7 @@ struct RmsNormArgs {
   View x, residual, weight;
   float eps, weight_offset;
   View out, sum;
-};  // x, residual [T, C], rows may be strided
+};  // x, residual, out, sum A [T, C]; rows may be strided
 
 // The same with mean and bias.
 struct LayerNormArgs {
@@ -111,34 +116,34 @@ struct LayerNormArgs {
 // align the ends: query i of n sees keys j <= i + (n_k - n_q). heads % kv_heads == 0 (GQA/MQA). A query
 // without keys gives zeros.
 struct AttentionArgs {
-  View q;           // [Tq, H, D], rows may be strided
-  View k, v;        // [Tk, KV, D], rows may be strided
+  View q;           // A [Tq, H, D], rows may be strided
+  View k, v;        // A [Tk, KV, D], rows may be strided
   View cu_q, cu_k;  // i32 [B+1]
   float scale;
   bool causal;
-  View out;  // [Tq, H, D]
+  View out;  // A [Tq, H, D]
 };
 
 // Causal attention of the newest queries of each sequence over its KV pages (decode and chunked prefill).
 // Query j of the n of sequence b has position context_lens[b] - n + j and sees all positions up to its own.
 struct PagedAttentionArgs {
-  View q;                 // [T, H, D], rows may be strided
-  View k_pages, v_pages;  // [pages, KV, page_size, D] f32, bf16 or f16
+  View q;                 // A [T, H, D], rows may be strided
+  View k_pages, v_pages;  // [pages, KV, page_size, D] f32, bf16 or f16; on CUDA A
   View block_table;       // i32 [B, max_blocks]
   View cu_q;              // i32 [B+1]
   View context_lens;      // i32 [B], the new tokens included
   float scale;
-  View out;  // [T, H, D]
+  View out;  // A [T, H, D]
 };
 
 // Rotates q and k (halves rotated, HF's rotate_half) by f32 angles position * inv_freq[i]; writes k and v to
 // their slots (page * page_size + offset; negative: not stored) and q to out.
 struct RopeAndCacheArgs {
-  View qkv;               // [T, (H + 2*KV) * D], rows may be strided
+  View qkv;               // A [T, (H + 2*KV) * D], rows may be strided
   View positions, slots;  // i32 [T]
   View inv_freq;          // f32 [D/2]
   View k_pages, v_pages;  // [pages, KV, page_size, D] f32, bf16 or f16, written
-  View out;               // [T, H, D]
+  View out;               // A [T, H, D]
 };
 
 // Patch info mining without ever projecting or building the concatenated map (docs/architecture.md, section
@@ -151,28 +156,28 @@ struct RopeAndCacheArgs {
 // bias(i), the optional last column of g, is added inside the nan_to_num: scale * (r(p) * (...) + bias(i)).
 // Softmax ignores it, but it decides the sign of a score that overflows.
 struct PatchMiningArgs {
-  View g;          // [B*grid*grid, C_total or C_total + 1]
-  View stages[4];  // [B, H_s, W_s, c_s], NHWC, sum of c_s = C_total; all four given
+  View g;          // f32 [B*grid*grid, C_total or C_total + 1]
+  View stages[4];  // A [B, H_s, W_s, c_s], NHWC, sum of c_s = C_total; all four given
   int grid, downscale;
   float eps, scale;
-  View out;  // [B*grid*grid, C_total]
+  View out;  // A [B*grid*grid, C_total]
 };
 
 // PyTorch's bilinear interpolate, align_corners=false, antialias=false; source coordinates in f32 as PyTorch
 // computes them.
 struct ResizeBilinearArgs {
-  View x /*[B, H, W, C]*/, out /*[B, OH, OW, C]*/;
+  View x /*A [B, H, W, C]*/, out /*[B, OH, OW, C]*/;
 };
 
 // out[t] = scale * table[ids[t]]; a negative id gives zeros. table: strided f32/bf16/f16, or panels of any
-// storage type.
+// storage type. out: A, or f32.
 struct EmbeddingArgs {
   View table /*[V, C]*/, ids /*i32 [T]*/;
   float scale;
   View out /*[T, C]*/;
 };
 
-// out[p] = index[p] >= 0 ? text[index[p]] : image[-1 - index[p]]
+// out[p] = index[p] >= 0 ? text[index[p]] : image[-1 - index[p]]; text, image and out A
 struct SpliceEmbeddingsArgs {
   View text /*[T, C]*/, image /*[M, C]*/, index /*i32 [P]*/, out /*[P, C]*/;
 };

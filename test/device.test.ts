@@ -308,7 +308,7 @@ describe('environments', () => {
     x.write(new Float32Array(256 * 256).fill(1))
     const w = native.call(op('packLinear'), [[x], 'f32', false])[0]
     let y = x
-    for (let i = 0; i < 300; i++) y = native.call(op('linear'), [y, w, undefined, undefined, undefined, 'none'])[0]
+    for (let i = 0; i < 300; i++) y = native.call(op('linear'), [y, w, undefined, undefined, undefined, 'none', 'f32'])[0]
   `
 
   it('compute in several worker threads at once and exit cleanly', async () => {

@@ -32,7 +32,7 @@ export interface Diagnosis {
     /** What the addon sees through the CUDA driver; null if the addon did not load. */
     cuda: CudaSurvey | null
   }
-  backend: { name: 'cpu' | null; reason: string }
+  backend: { name: 'cpu' | 'cuda' | null; reason: string }
 }
 
 const FEATURES =
@@ -53,12 +53,10 @@ export function diagnose(version: string): Diagnosis {
   const addon: Diagnosis['addon'] = { path: null, error: null }
   let chosen: { isa: string; best: string; available: string[] } | undefined
   const gpu = findGpu()
-  let missingOps: string[] = []
   try {
     addon.path = addonPath()
     chosen = native().cpuFeatures()
     gpu.cuda = native().cudaSurvey()
-    missingOps = native().cudaMissingOps()
   } catch (error) {
     addon.error = errorText(error, false).replace(/^mgm: /, '')
   }
@@ -85,16 +83,12 @@ export function diagnose(version: string): Diagnosis {
     memory: { total: totalmem(), free: freemem(), limit: memoryLimit() },
     gpu,
     backend: chosen
-      ? { name: 'cpu', reason: backendReason(gpu, missingOps) }
+      ? {
+          name: gpu.cuda?.error === null ? 'cuda' : 'cpu',
+          reason: gpu.cuda?.error ?? "the GPU is used where device is 'auto' or 'cuda'",
+        }
       : { name: null, reason: 'the addon did not load, so nothing can run' },
   }
-}
-
-function backendReason(gpu: Diagnosis['gpu'], missingOps: string[]): string {
-  if (gpu.cuda?.error) return gpu.cuda.error
-  return missingOps.length > 0
-    ? `the CUDA backend has no kernels yet for ${missingOps.join(', ')}; the GPU is not used`
-    : "the GPU is used where device is 'auto' or 'cuda'"
 }
 
 /** A line a GPU: capability, memory, the kernels' image that would run. */

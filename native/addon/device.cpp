@@ -240,15 +240,6 @@ Napi::Value cuda_survey(const Napi::CallbackInfo& info) {
   });
 }
 
-Napi::Value cuda_missing_ops(const Napi::CallbackInfo& info) {
-  return guarded(info.Env(), [&]() -> Napi::Value {
-    Napi::Array missing = Napi::Array::New(info.Env());
-    for (const std::string& op : cuda::missing_ops())
-      missing.Set(missing.Length(), Napi::String::New(info.Env(), op));
-    return missing;
-  });
-}
-
 // Runs a blocking probe on libuv's pool.
 class Probe : public Napi::AsyncWorker {
  public:
@@ -304,7 +295,6 @@ void init_device(Napi::Env env, Napi::Object exports) {
   exports.Set("openCpu", Napi::Function::New(env, open_cpu));
   exports.Set("openCuda", Napi::Function::New(env, open_cuda));
   exports.Set("copyBetween", Napi::Function::New(env, copy_between));
-  exports.Set("cudaMissingOps", Napi::Function::New(env, cuda_missing_ops));
   exports.Set("cudaSurvey", Napi::Function::New(env, cuda_survey));
   exports.Set("mapFile", Napi::Function::New(env, [](const Napi::CallbackInfo& info) -> Napi::Value {
                 return state(info.Env()).mapped_file.New({info[0]});

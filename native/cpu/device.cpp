@@ -229,6 +229,7 @@ class CpuDevice : public Device {
   }
 
   bool uses_host_memory() const override { return true; }
+  bool computes_in(DType activations, bool) const override { return activations == DType::f32; }
   size_t packed_bytes(DType dtype, Layout layout, int64_t n, int64_t k) const override {
     return kernels_.packed_bytes(dtype, layout, n, k);
   }

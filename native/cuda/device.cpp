@@ -1,6 +1,5 @@
 // A GPU as a device: one stream, stream-ordered memory, and a thread that waits for events, so that the
-// owning thread never does. Activations are f32; the tensor cores take them rounded to bf16
-// (kernels/linear.cu).
+// owning thread never does.
 #include "device.h"
 
 #include <algorithm>
@@ -325,6 +324,10 @@ class CudaDevice final : public Device, private Queue {
   }
 
   bool uses_host_memory() const override { return false; }
+  bool computes_in(DType activations, bool matrices) const override {
+    return activations == DType::bf16 || activations == DType::f16 ||
+           (activations == DType::f32 && !matrices);
+  }
   size_t packed_bytes(DType dtype, Layout layout, int64_t n, int64_t k) const override {
     return cuda::packed_bytes(dtype, layout, n, k);
   }
@@ -386,19 +389,8 @@ class CudaDevice final : public Device, private Queue {
     cuda::name(*this, args);             \
     if (capture_) ++capture_->ops;       \
   }
-  MGM_CUDA_OPS(MGM_RUN)
+  MGM_OPS(MGM_RUN)
 #undef MGM_RUN
-
-#define MGM_REFUSE(name, Args) \
-  void name(const Args&) override { throw Error("UNSUPPORTED", "[" #name "] has no CUDA kernel yet"); }
-  MGM_REFUSE(moe_route, MoeRouteArgs)
-  MGM_REFUSE(grouped_linear, GroupedLinearArgs)
-  MGM_REFUSE(conv2d, Conv2dArgs)
-  MGM_REFUSE(depthwise_conv_norm, DepthwiseConvNormArgs)
-  MGM_REFUSE(attention, AttentionArgs)
-  MGM_REFUSE(paged_attention, PagedAttentionArgs)
-  MGM_REFUSE(patch_mining, PatchMiningArgs)
-#undef MGM_REFUSE
 
   CUstream stream() const {
     return stream_;
@@ -675,20 +667,6 @@ Survey survey() {
     found.error = error.what();
   }
   return found;
-}
-
-std::vector<std::string> missing_ops() {
-  std::vector<std::string> missing;
-  const std::string_view have[] = {
-#define MGM_NAME(name, Args) #name,
-      MGM_CUDA_OPS(MGM_NAME)
-#undef MGM_NAME
-  };
-#define MGM_NAME(name, Args) \
-  if (std::find(std::begin(have), std::end(have), #name) == std::end(have)) missing.push_back(#name);
-  MGM_OPS(MGM_NAME)
-#undef MGM_NAME
-  return missing;
 }
 
 }  // namespace mgm::cuda

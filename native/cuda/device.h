@@ -29,7 +29,4 @@ struct Survey {
 };
 Survey survey();
 
-// Ops of the contract that this backend has no kernel for, by their names in MGM_OPS.
-std::vector<std::string> missing_ops();
-
 }  // namespace mgm::cuda

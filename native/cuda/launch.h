@@ -47,23 +47,8 @@ class Queue {
   DeviceInfo info_;
 };
 
-// Ops that have kernels: X(name, argument struct).
-#define MGM_CUDA_OPS(X)                      \
-  X(cast, CastArgs)                          \
-  X(permute, PermuteArgs)                    \
-  X(scale_columns, ScaleColumnsArgs)         \
-  X(pack_linear, PackLinearArgs)             \
-  X(linear, LinearArgs)                      \
-  X(rms_norm, RmsNormArgs)                   \
-  X(layer_norm, LayerNormArgs)               \
-  X(rope_and_cache, RopeAndCacheArgs)        \
-  X(resize_bilinear, ResizeBilinearArgs)     \
-  X(embedding, EmbeddingArgs)                \
-  X(splice_embeddings, SpliceEmbeddingsArgs) \
-  X(sample, SampleArgs)
-
 #define MGM_DECLARE(name, Args) void name(Queue& queue, const Args& args);
-MGM_CUDA_OPS(MGM_DECLARE)
+MGM_OPS(MGM_DECLARE)
 #undef MGM_DECLARE
 
 // Bytes of a packed matrix [n, k]. Throws Error("UNSUPPORTED") for storage types without a kernel.

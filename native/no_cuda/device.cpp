@@ -25,10 +25,4 @@ Survey survey() {
   return found;
 }
 
-std::vector<std::string> missing_ops() {
-#define MGM_NAME(name, Args) #name,
-  return {MGM_OPS(MGM_NAME)};
-#undef MGM_NAME
-}
-
 }  // namespace mgm::cuda

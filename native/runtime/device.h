@@ -47,6 +47,8 @@ class Device : public std::enable_shared_from_this<Device> {
 
   // False: memory of the host, a mapped file's say, must be copied to the device before ops can use it.
   virtual bool uses_host_memory() const = 0;
+  // Whether activations may be of this type; `matrices`: for the ops that multiply matrices.
+  virtual bool computes_in(DType activations, bool matrices) const = 0;
   virtual size_t packed_bytes(DType dtype, Layout layout, int64_t n, int64_t k) const = 0;
   virtual MemoryStats memory() const = 0;
   virtual void trim() = 0;

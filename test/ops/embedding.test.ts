@@ -21,7 +21,7 @@ describe('embedding', () => {
         const ids = Int32Array.from({ length: tokens }, () => random.integer(-1, vocab - 1))
         const scale = Math.fround(Math.sqrt(width))
         const packed = packLinear(device.tensor(table, [vocab, width]), { dtype })
-        const out = embedding(packed, device.tensor(ids, [tokens]), scale)
+        const out = embedding(packed, device.tensor(ids, [tokens]), { scale })
         expect(out.shape).toEqual([tokens, width])
         const expected = Float32Array.from({ length: tokens * width }, (_, i) => {
           const id = ids[Math.floor(i / width)]!
@@ -43,7 +43,7 @@ describe('embedding', () => {
           const id = ids[Math.floor(i / width)]!
           return id < 0 ? 0 : 3 * values[id * (width + 2) + 1 + (i % width)]!
         })
-        const out = await f32(embedding(table, device.tensor(ids, [tokens]), 3))
+        const out = await f32(embedding(table, device.tensor(ids, [tokens]), { scale: 3 }))
         expect(out, `seed ${random.seed}, ${vocab}x${width}`).toEqual(expected)
       }
     })
@@ -51,7 +51,7 @@ describe('embedding', () => {
   it('refuses ids beyond the table', async () => {
     const own = openDevice({ threads: 2 })
     for (const table of [own.zeros([7, 4]), packLinear(own.zeros([7, 4]))]) {
-      embedding(table, own.tensor(Int32Array.of(6, -1, 7), [3]), 1)
+      embedding(table, own.tensor(Int32Array.of(6, -1, 7), [3]))
       await expect(own.synchronize()).rejects.toThrow('[embedding] expected an id below 7 but received 7')
     }
   })

@@ -4,9 +4,9 @@ import type { Tensor } from '../../lib/tensor.ts'
 
 export { Random } from '../helpers/random.ts'
 
-/** A device for a test file, closed after its tests: the CPU, or what MGM_TEST_DEVICE names ('cuda'). */
+/** The CPU for a test file, closed after its tests. */
 export function openDevice(options: { threads?: number; memoryLimit?: number } = {}): Device {
-  const device = Device.open(process.env.MGM_TEST_DEVICE ?? 'cpu', options)
+  const device = Device.open('cpu', options)
   afterAll(() => device.close())
   return device
 }

@@ -52,12 +52,24 @@ void linear(Queue& queue, const LinearArgs& args) {
   pack(queue, args.x, x->data(), 0, 0);
   const Tile tile = tile_for(m, n, queue.info().multiprocessors);
   const char* kernel = tile.m == kLargeTile.m ? "linear_large" : "linear_small";
-  queue.launch({"linear", kernel}, {ceil_div(m, tile.m), ceil_div(n, tile.n)}, threads_of(tile),
-               LinearParams{reinterpret_cast<uint16_t*>(x->data()), args.w.u16(), args.bias.f32(),
-                            args.scale.f32(), args.residual.f32(), args.out.f32(), m, n, k,
-                            args.residual ? args.residual.shape[0] : 1, args.residual.strides[0],
-                            static_cast<int32_t>(args.activation), args.w.layout == Layout::gated_panels},
-               static_cast<size_t>(shared_bytes(tile)));
+  View residual = args.residual, out = args.out;
+  std::shared_ptr<Storage> residual_f32, out_f32;
+  if (residual && residual.dtype != DType::f32) {
+    residual_f32 = queue.scratch(static_cast<size_t>(residual.numel()) * 4);
+    residual = contiguous_view(residual_f32->data(), DType::f32, {residual.shape[0], residual.shape[1]});
+    cast(queue, {args.residual, residual});
+  }
+  if (out.dtype != DType::f32) {
+    out_f32 = queue.scratch(static_cast<size_t>(out.numel()) * 4);
+    out = contiguous_view(out_f32->data(), DType::f32, {out.shape[0], out.shape[1]});
+  }
+  queue.launch(
+      {"linear", kernel}, {ceil_div(m, tile.m), ceil_div(n, tile.n)}, threads_of(tile),
+      LinearParams{reinterpret_cast<uint16_t*>(x->data()), args.w.u16(), args.bias.f32(), args.scale.f32(),
+                   residual.f32(), out.f32(), m, n, k, residual ? residual.shape[0] : 1, residual.strides[0],
+                   static_cast<int32_t>(args.activation), args.w.layout == Layout::gated_panels},
+      static_cast<size_t>(shared_bytes(tile)));
+  if (out_f32) cast(queue, {out, args.out});
 }
 
 }  // namespace mgm::cuda

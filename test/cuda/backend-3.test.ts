@@ -1,3 +1,0 @@
-import { cudaSuite } from './suite.ts'
-
-cudaSuite('3')
