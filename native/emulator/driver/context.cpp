@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 
 #include "driver.h"
 #include "mgm_emulator.h"
@@ -41,6 +42,11 @@ CUresult misuse(const char* name, CUresult result, const std::string& why) {
   return result;
 }
 
+bool is_sticky(CUresult error) {
+  return error == CUDA_ERROR_ILLEGAL_ADDRESS || error == CUDA_ERROR_LAUNCH_TIMEOUT ||
+         error == CUDA_ERROR_ASSERT || (error >= 714 && error <= 719);
+}
+
 CUresult enter(const char* name, unsigned flags, Lock& lock, std::shared_ptr<Context>* context) {
   Driver& d = driver();
   if (d.exiting) return CUDA_ERROR_DEINITIALIZED;
@@ -69,7 +75,9 @@ CUresult enter(const char* name, unsigned flags, Lock& lock, std::shared_ptr<Con
     if (refused) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   }
   (void)lock;
-  return CUDA_SUCCESS;
+  const CUresult planned = d.planned_error(name);
+  if (*context && is_sticky(planned)) (*context)->error = planned;
+  return planned;
 }
 
 CUresult leave(const char* name, CUresult result, Context* context) {
@@ -175,6 +183,23 @@ void parse_devices(Driver& d, const std::string& text) {
   }
 }
 
+// "cuMemAllocAsync:3=2,rms_norm=700"
+std::vector<PlannedError> parse_errors(const std::string& text) {
+  std::vector<PlannedError> errors;
+  std::istringstream items(text);
+  for (std::string item; std::getline(items, item, ',');) {
+    char name[128];
+    int count = 1, error = 0, end = 0;
+    const bool parsed = (std::sscanf(item.c_str(), "%127[^:=]:%d=%d%n", name, &count, &error, &end) == 3 ||
+                         std::sscanf(item.c_str(), "%127[^:=]=%d%n", name, &error, &end) == 2) &&
+                        static_cast<size_t>(end) == item.size();
+    if (!parsed || count < 1 || !error_name(error))
+      bad_setting("MGM_EMULATOR_FAIL", "name[:count]=error, separated by commas", item);
+    errors.push_back({name, count, error});
+  }
+  return errors;
+}
+
 bool configure(Driver& d, const std::string& key, const std::string& value) {
   const std::string name = "MGM_EMULATOR_" + key;
   auto flag = [&] {
@@ -205,6 +230,10 @@ bool configure(Driver& d, const std::string& key, const std::string& value) {
     } else {
       bad_setting(name.c_str(), "random, lazy or eager", value);
     }
+  } else if (key == "peers") {
+    d.peers = flag();
+  } else if (key == "fail") {
+    d.planned_errors = parse_errors(value);
   } else {
     return false;
   }
@@ -228,8 +257,11 @@ CUresult Driver::initialize() {
       return std::string(value ? value : "");
     };
     options = options_from_environment();
-    if (std::string value = environment("MGM_EMULATOR_ORDER"); !value.empty())
-      configure(*this, "order", value);
+    for (auto [key, name] : {std::pair{"order", "MGM_EMULATOR_ORDER"},
+                             {"peers", "MGM_EMULATOR_PEERS"},
+                             {"fail", "MGM_EMULATOR_FAIL"}}) {
+      if (std::string value = environment(name); !value.empty()) configure(*this, key, value);
+    }
     random.seed(options.seed);
     trace = environment("MGM_EMULATOR_TRACE") == "1";
     if (std::string text = environment("MGM_EMULATOR_DRIVER_VERSION"); !text.empty()) {
@@ -259,6 +291,16 @@ CUresult Driver::initialize() {
   return devices.empty() ? CUDA_ERROR_NO_DEVICE : CUDA_SUCCESS;
 }
 
+CUresult Driver::planned_error(const std::string& name) {
+  for (auto it = planned_errors.begin(); it != planned_errors.end(); ++it) {
+    if (it->name != name || --it->count > 0) continue;
+    const CUresult error = it->error;
+    planned_errors.erase(it);
+    return error;
+  }
+  return CUDA_SUCCESS;
+}
+
 // Ends a context: its work is carried out (or dropped after an error), what it still owns is reported and
 // freed.
 void Driver::tear_down(Lock& lock, Context& context) {
@@ -285,6 +327,8 @@ void Driver::tear_down(Lock& lock, Context& context) {
   context.per_thread.clear();
   context.orphan_tails.clear();
   context.legacy.reset();
+  context.peers.clear();
+  for (auto& [handle, other] : contexts.live) other->peers.erase(&context);
   for (auto& op : recent) {
     if (op->context.get() == &context && op->state == Op::done) observe(op);
   }
@@ -360,9 +404,13 @@ CUresult release_primary(const char* name, CUdevice index, bool reset) {
   return call(name, kPlain, [&](Driver& d, Lock& lock, Context&) -> CUresult {
     Device* device = device_of(d, index);
     if (!device) return CUDA_ERROR_INVALID_DEVICE;
-    if (!device->retained) return reset ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
-    device->retained = reset ? 0 : device->retained - 1;
-    if (device->retained == 0) d.tear_down(lock, *device->primary);
+    // A reset leaves the count as it is: whoever retained still has to release.
+    if (!reset && device->retained-- == 0) {
+      device->retained = 0;
+      return CUDA_ERROR_INVALID_CONTEXT;
+    }
+    if ((reset || device->retained == 0) && device->primary && device->primary->active)
+      d.tear_down(lock, *device->primary);
     return CUDA_SUCCESS;
   });
 }
@@ -620,7 +668,8 @@ MGM_CU cuDevicePrimaryCtxRetain(CUcontext* out, CUdevice index) {
       device->primary = make_context(d, *device, true, 0);
       device->primary->active = false;
     }
-    if (device->retained++ == 0) activate(d, device->primary);
+    ++device->retained;
+    if (!device->primary->active) activate(d, device->primary);
     *out = handle_of(device->primary);
     return CUDA_SUCCESS;
   });
@@ -645,7 +694,7 @@ MGM_CU cuDevicePrimaryCtxGetState(CUdevice index, unsigned* flags, int* active) 
     if (!device) return CUDA_ERROR_INVALID_DEVICE;
     if (!flags || !active) return CUDA_ERROR_INVALID_VALUE;
     *flags = device->primary ? device->primary->flags : 0;
-    *active = device->retained > 0;
+    *active = device->primary && device->primary->active;
     return CUDA_SUCCESS;
   });
 }
@@ -856,24 +905,27 @@ MGM_CU cuDeviceCanAccessPeer(int* can, CUdevice device, CUdevice peer) {
   return call("cuDeviceCanAccessPeer", kPlain, [&](Driver& d, Lock&, Context&) -> CUresult {
     if (!device_of(d, device) || !device_of(d, peer)) return CUDA_ERROR_INVALID_DEVICE;
     if (!can) return CUDA_ERROR_INVALID_VALUE;
-    // Kernels see their own device's memory only; copies between devices work.
-    *can = 0;
+    *can = d.peers && device != peer;
     return CUDA_SUCCESS;
   });
 }
 
+// For copies, which work without it too: kernels see their own device's memory only.
 MGM_CU cuCtxEnablePeerAccess(CUcontext handle, unsigned flags) {
   return call("cuCtxEnablePeerAccess", kContext, [&](Driver& d, Lock&, Context& context) -> CUresult {
     auto peer = d.contexts.find(handle);
     if (!peer || peer->device == context.device) return CUDA_ERROR_INVALID_CONTEXT;
     if (flags) return CUDA_ERROR_INVALID_VALUE;
-    return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
+    if (!d.peers) return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
+    return context.peers.insert(peer.get()).second ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED;
   });
 }
 
 MGM_CU cuCtxDisablePeerAccess(CUcontext handle) {
-  return call("cuCtxDisablePeerAccess", kContext, [&](Driver& d, Lock&, Context&) -> CUresult {
-    return d.contexts.find(handle) ? CUDA_ERROR_PEER_ACCESS_NOT_ENABLED : CUDA_ERROR_INVALID_CONTEXT;
+  return call("cuCtxDisablePeerAccess", kContext, [&](Driver& d, Lock&, Context& context) -> CUresult {
+    auto peer = d.contexts.find(handle);
+    if (!peer) return CUDA_ERROR_INVALID_CONTEXT;
+    return context.peers.erase(peer.get()) ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_NOT_ENABLED;
   });
 }
 

@@ -206,6 +206,7 @@ struct Pool {
   int device_index = 0;
   std::map<int, uint64_t> attributes;
   size_t used = 0, used_high = 0;
+  std::set<int> readers;  // other devices given access
 };
 
 struct Library {
@@ -234,7 +235,7 @@ struct Context {
   std::map<std::thread::id, std::shared_ptr<Stream>> per_thread;
   std::set<Stream*> blocking;       // live ones
   std::vector<OpPtr> orphan_tails;  // of destroyed blocking streams
-  std::set<Context*> peers;
+  std::set<Context*> peers;         // enabled
 };
 
 struct Device {
@@ -258,6 +259,13 @@ struct Table {
 
 enum class Order { random, lazy, eager };
 
+// An error that a test asked for: of the count-th call of a driver function, or launch of a kernel, of that
+// name.
+struct PlannedError {
+  std::string name;
+  int count, error;
+};
+
 struct Driver {
   std::mutex mutex;
   std::condition_variable changed;
@@ -267,6 +275,8 @@ struct Driver {
   Options options;
   Order order = Order::random;
   bool trace = false;
+  bool peers = true;  // devices can access each other's memory (copies only, here)
+  std::vector<PlannedError> planned_errors;
   std::mt19937_64 random;
   std::vector<std::unique_ptr<Device>> devices;
   uint64_t next_handle = 0x7e000010;
@@ -332,6 +342,7 @@ struct Driver {
   // context.cpp
   CUresult initialize();
   void tear_down(Lock& lock, Context& context);
+  CUresult planned_error(const std::string& name);  // 0: none is due
 
  private:
   bool run_one(Lock& lock, bool only_demanded);
@@ -362,6 +373,9 @@ enum CallFlags : unsigned {
   kNoInit = 4,         // legal before cuInit
   kAnyThread = 8,      // legal in a host function
 };
+
+// True for errors that end a context.
+bool is_sticky(CUresult error);
 
 CUresult enter(const char* name, unsigned flags, Lock& lock, std::shared_ptr<Context>* context);
 CUresult leave(const char* name, CUresult result, Context* context);

@@ -139,11 +139,18 @@ CUresult kernel_work(Driver& d, const char* name, const std::shared_ptr<Function
   work->run = [function, config = work->config, arguments = work->params](Context& own) {
     Driver& driver_state = driver();
     Options options;
+    CUresult planned;
     {
       Lock lock(driver_state.mutex);
       options = driver_state.options;
       // Every launch its own schedule, all decided by the seed.
       options.seed = driver_state.random();
+      planned = driver_state.planned_error(function->info().name);
+      if (!planned) planned = driver_state.planned_error("launch");
+    }
+    if (planned) {
+      own.error = planned;
+      return;
     }
     LaunchResult result = launch(*function->module->module, function->index, config, arguments.data(),
                                  own.device->spec, *own.device->memory, options);

@@ -779,10 +779,29 @@ MGM_CU cuMemPoolSetAccess(CUmemoryPool handle, const CUmemAccessDesc* map, size_
     auto pool = d.pools.find(handle);
     if (!pool || (count && !map)) return CUDA_ERROR_INVALID_VALUE;
     for (size_t i = 0; i < count; ++i) {
-      if (map[i].location.type != 1 || map[i].location.id != pool->device_index)
-        return misuse("cuMemPoolSetAccess", CUDA_ERROR_NOT_SUPPORTED,
-                      "kernels see their own device's memory only");
+      const int reader = map[i].location.id;
+      if (map[i].location.type != 1 || reader < 0 || reader >= static_cast<int>(d.devices.size()))
+        return CUDA_ERROR_INVALID_VALUE;
+      if (reader == pool->device_index) {
+        if (map[i].flags != 3)
+          return CUDA_ERROR_INVALID_VALUE;  // it cannot be taken from the pool's own device
+      } else if (map[i].flags == 0) {
+        pool->readers.erase(reader);
+      } else if (!d.peers) {
+        return CUDA_ERROR_INVALID_DEVICE;
+      } else {
+        pool->readers.insert(reader);
+      }
     }
+    return CUDA_SUCCESS;
+  });
+}
+
+MGM_CU cuMemPoolGetAccess(int* flags, CUmemoryPool handle, CUmemLocation* location) {
+  return call("cuMemPoolGetAccess", kPlain, [&](Driver& d, Lock&, Context&) -> CUresult {
+    auto pool = d.pools.find(handle);
+    if (!flags || !pool || !location || location->type != 1) return CUDA_ERROR_INVALID_VALUE;
+    *flags = location->id == pool->device_index || pool->readers.count(location->id) ? 3 : 0;
     return CUDA_SUCCESS;
   });
 }

@@ -5,9 +5,12 @@
 //   MGM_EMULATOR_DRIVER_VERSION  what the driver pretends to be, as 12040 or 12.4. Default 13000.
 //   MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _SAMPLE, _WATCHDOG  see emulator.h's Options.
 //   MGM_EMULATOR_ORDER           when enqueued work runs. random (default): what somebody waits or asks for
-//   soon,
-//                                the rest at random times; lazy: only what is waited or asked for; eager: at
-//                                once.
+//                                soon, the rest at random times; lazy: only what is waited or asked for;
+//                                eager: at once.
+//   MGM_EMULATOR_PEERS           1 (default): devices can reach each other's memory; 0: copies are staged.
+//   MGM_EMULATOR_FAIL            errors to provoke, each once, as "cuMemAllocAsync:3=2,rms_norm=700": the
+//                                third call of that function (as exported) fails, and the first launch of
+//                                that kernel faults; "launch" is any kernel.
 //   MGM_EMULATOR_REPORT          file that findings are appended to, a line of JSON each.
 //   MGM_EMULATOR_LAUNCHES        file that the counters of every launch are appended to, a line of JSON each.
 //   MGM_EMULATOR_TRACE=1         every call and its result on stderr.
@@ -31,8 +34,8 @@ void mgmEmulatorResetReports(void);
 // Counters of a launch as JSON, 0 the latest (64 are kept). Returns the full length or -1.
 int mgmEmulatorLaunch(int back, char* buffer, int size);
 
-// key: "seed", "checks", "counters", "threads", "sample", "watchdog", "order" ("random", "lazy", "eager").
-// 0, or 1 where key or value is unknown. Holds from the next operation on.
+// key: "seed", "checks", "counters", "threads", "sample", "watchdog", "order", "peers" or "fail", value as in
+// the environment. 0, or 1 where key or value is unknown. Holds from the next operation on.
 int mgmEmulatorConfigure(const char* key, const char* value);
 
 // Operations enqueued in any stream and not yet carried out.

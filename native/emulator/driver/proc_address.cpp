@@ -125,6 +125,7 @@
   X(cuMemMap, cuMemMap, 10020) \
   X(cuMemPoolCreate, cuMemPoolCreate, 11020) \
   X(cuMemPoolDestroy, cuMemPoolDestroy, 11020) \
+  X(cuMemPoolGetAccess, cuMemPoolGetAccess, 11020) \
   X(cuMemPoolGetAttribute, cuMemPoolGetAttribute, 11020) \
   X(cuMemPoolSetAccess, cuMemPoolSetAccess, 11020) \
   X(cuMemPoolSetAttribute, cuMemPoolSetAttribute, 11020) \
