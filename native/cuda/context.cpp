@@ -1,6 +1,8 @@
 #include "context.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "../runtime/error.h"
 
@@ -51,46 +53,116 @@ std::vector<const Image*> images_for(std::string_view family, int capability) {
 std::shared_ptr<Context> Context::open(int index) {
   std::lock_guard lock(registry_mutex());
   std::weak_ptr<Context>& slot = registry()[index];
-  if (auto shared = slot.lock()) return shared;
-  const DeviceInfo info = device_info(index);
-  if (info.major < kRequiredMajor)
-    throw Error("DEVICE_UNAVAILABLE",
-                format("expected a GPU of compute capability %d.0 or newer but found %s with %d.%d",
-                       kRequiredMajor, info.name.c_str(), info.major, info.minor));
-  CUdevice device;
-  MGM_CU(cuDeviceGet(&device, index));
-  int pools = 0;
-  MGM_CU(cuDeviceGetAttribute(&pools, kAttributeMemoryPools, device));
-  if (!pools)
-    throw Error("DEVICE_UNAVAILABLE",
-                format("expected stream-ordered memory pools but %s (driver %d.%d) has none",
-                       info.name.c_str(), driver().version / 1000, driver().version % 1000 / 10));
-  std::shared_ptr<Context> context(new Context(info));
-  slot = context;
+  std::shared_ptr<Context> context = slot.lock();
+  if (context && context->lost()) {
+    if (context->users_ > 0)
+      throw Error(
+          "DEVICE_LOST",
+          format("the context of GPU %d died of %s; close all devices on it before it is opened again", index,
+                 context->loss().c_str()));
+    context->retire();
+    context = nullptr;
+  }
+  if (!context) {
+    const DeviceInfo info = device_info(index);
+    if (info.major < kRequiredMajor)
+      throw Error("DEVICE_UNAVAILABLE",
+                  format("expected a GPU of compute capability %d.0 or newer but found %s with %d.%d",
+                         kRequiredMajor, info.name.c_str(), info.major, info.minor));
+    if (!info.memory_pools)
+      throw Error("DEVICE_UNAVAILABLE",
+                  format("expected stream-ordered memory pools but %s (driver %d.%d) has none",
+                         info.name.c_str(), driver().version / 1000, driver().version % 1000 / 10));
+    context.reset(new Context(info));
+    slot = context;
+  }
+  ++context->users_;
   return context;
 }
 
+void Context::leave() {
+  std::lock_guard lock(registry_mutex());
+  --users_;
+}
+
 Context::Context(DeviceInfo info) : info_(std::move(info)) {
-  MGM_CU(cuDeviceGet(&device_, info_.index));
-  MGM_CU(cuDevicePrimaryCtxRetain(&handle_, device_));
+  const Driver& api = driver();
+  check(api.cuDeviceGet(&device_, info_.index), "cuDeviceGet");
+  const CUresult retained = api.cuDevicePrimaryCtxRetain(&handle_, device_);
+  if (retained == kOutOfMemory || is_sticky(retained)) check(retained, "cuDevicePrimaryCtxRetain");
+  if (retained != kSuccess)
+    throw Error("DEVICE_UNAVAILABLE",
+                format("%s could not be opened: %s", info_.name.c_str(), describe(retained).c_str()));
   try {
     use();
-    MGM_CU(cuDeviceGetDefaultMemPool(&pool_, device_));
+    check(api.cuDeviceGetDefaultMemPool(&pool_, device_), "cuDeviceGetDefaultMemPool");
     // Freed memory stays in the pool until trim().
     uint64_t keep = ~uint64_t{0};
-    MGM_CU(cuMemPoolSetAttribute(pool_, kPoolReleaseThreshold, &keep));
+    check(api.cuMemPoolSetAttribute(pool_, kPoolReleaseThreshold, &keep), "cuMemPoolSetAttribute");
   } catch (...) {
-    driver().cuDevicePrimaryCtxRelease_v2(device_);
+    api.cuDevicePrimaryCtxRelease_v2(device_);
     throw;
   }
 }
 
 Context::~Context() {
-  // Results do not matter: a lost context refuses, and goes with its last reference all the same.
   const Driver& api = driver();
-  api.cuCtxSetCurrent(handle_);
-  for (const auto& [family, module] : modules_) api.cuModuleUnload(module);
+  while_alive([&] {
+    for (const auto& [family, module] : modules_) api.cuModuleUnload(module);
+  });
+  if (lost_)
+    retire();
+  else
+    api.cuDevicePrimaryCtxRelease_v2(device_);
+}
+
+// Gives up a lost context, so that the next one is new.
+void Context::retire() {
+  std::unique_lock lock(lifetime_);
+  if (std::exchange(retired_, true)) return;
+  const Driver& api = driver();
   api.cuDevicePrimaryCtxRelease_v2(device_);
+  unsigned flags = 0;
+  int active = 0;
+  // Where somebody else in the process retains it, only a reset ends it.
+  if (api.cuDevicePrimaryCtxGetState(device_, &flags, &active) == kSuccess && active)
+    api.cuDevicePrimaryCtxReset_v2(device_);
+}
+
+void Context::check(CUresult result, const char* call, const std::source_location& place) {
+  if (is_sticky(result)) lose(result, call);
+  cuda::check(result, call, place);
+}
+
+void Context::lose(CUresult result, const char* call) {
+  std::lock_guard lock(loss_mutex_);
+  if (lost_) return;
+  loss_ = format("%s, seen by %s", describe(result).c_str(), call);
+  lost_ = true;
+}
+
+std::string Context::loss() const {
+  std::lock_guard lock(loss_mutex_);
+  return loss_;
+}
+
+void Context::reach(const std::shared_ptr<Context>& peer) {
+  std::lock_guard lock(mutex_);
+  std::weak_ptr<Context>& reached = reached_[peer->info_.index];
+  if (reached.lock() == peer) return;
+  reached = peer;
+  const Driver& api = driver();
+  int can = 0;
+  check(api.cuDeviceCanAccessPeer(&can, device_, peer->device_), "cuDeviceCanAccessPeer");
+  if (!can) return;
+  use();
+  // Refusals (too many peers, say) leave it at staged copies.
+  const CUresult enabled = api.cuCtxEnablePeerAccess(peer->handle_, 0);
+  if (is_sticky(enabled)) check(enabled, "cuCtxEnablePeerAccess");
+  // Memory of a pool has access rights of its own.
+  const CUmemAccessDesc access{kLocationDevice, device_, kAccessReadWrite};
+  const CUresult granted = api.cuMemPoolSetAccess(peer->pool_, &access, 1);
+  if (is_sticky(granted)) check(granted, "cuMemPoolSetAccess");
 }
 
 CUmodule Context::module(const char* family) {
@@ -103,7 +175,7 @@ CUmodule Context::module(const char* family) {
     CUmodule loaded;
     const CUresult result = driver().cuModuleLoadDataEx(&loaded, image->begin, 2, options, values);
     if (result == kSuccess) return modules_[family] = loaded;
-    if (!is_image_error(result)) fail(result, "cuModuleLoadDataEx", __FILE__, __LINE__);
+    if (!is_image_error(result)) check(result, "cuModuleLoadDataEx");
     refusals +=
         format("; %s: %s%s%s", image_name(*image).c_str(), describe(result).c_str(), *log ? ": " : "", log);
   }
@@ -115,7 +187,7 @@ CUmodule Context::module(const char* family) {
 
 CUfunction Context::function(const Kernel& kernel, size_t param_bytes, size_t dynamic_shared) {
   std::lock_guard lock(mutex_);
-  auto it = functions_.find(kernel.name);
+  auto it = functions_.find({kernel.family, kernel.name});
   if (it == functions_.end()) {
     const KernelEntry* entry = nullptr;
     for (const KernelEntry& known : kernel_entries())
@@ -124,19 +196,30 @@ CUfunction Context::function(const Kernel& kernel, size_t param_bytes, size_t dy
     if (!entry)
       throw Error("INTERNAL", format("the kernel %s of %s was not compiled", kernel.name, kernel.family));
     CUfunction handle;
-    MGM_CU(cuModuleGetFunction(&handle, module(entry->family), kernel.name));
-    it = functions_.emplace(entry->name, Function{handle, entry->param_bytes, size_t{48} << 10}).first;
+    const Driver& api = driver();
+    check(api.cuModuleGetFunction(&handle, module(entry->family), kernel.name), "cuModuleGetFunction");
+    int fixed = 0;
+    check(api.cuFuncGetAttribute(&fixed, kFunctionSharedStatic, handle), "cuFuncGetAttribute");
+    const size_t unasked = size_t{48} << 10, static_shared = static_cast<size_t>(fixed);
+    it = functions_
+             .emplace(std::pair{entry->family, entry->name},
+                      Function{handle, entry->param_bytes, static_shared,
+                               unasked - std::min(unasked, static_shared)})
+             .first;
   }
   Function& found = it->second;
   if (found.param_bytes != param_bytes)
     throw Error("INTERNAL", format("the kernel %s takes %zu bytes of parameters but its launcher has %zu",
                                    kernel.name, found.param_bytes, param_bytes));
-  if (dynamic_shared > found.shared_allowed) {
-    if (dynamic_shared > info_.shared_optin)
-      throw Error("UNSUPPORTED", format("the kernel %s needs %zu bytes of shared memory but %s has %zu",
-                                        kernel.name, dynamic_shared, info_.name.c_str(), info_.shared_optin));
-    MGM_CU(cuFuncSetAttribute(found.handle, kFunctionMaxDynamicShared, static_cast<int>(dynamic_shared)));
-    found.shared_allowed = dynamic_shared;
+  if (dynamic_shared > found.dynamic_allowed) {
+    if (found.static_shared + dynamic_shared > info_.shared_optin)
+      throw Error("UNSUPPORTED",
+                  format("the kernel %s needs %zu bytes of shared memory but %s has %zu", kernel.name,
+                         found.static_shared + dynamic_shared, info_.name.c_str(), info_.shared_optin));
+    check(driver().cuFuncSetAttribute(found.handle, kFunctionMaxDynamicShared,
+                                      static_cast<int>(dynamic_shared)),
+          "cuFuncSetAttribute");
+    found.dynamic_allowed = dynamic_shared;
   }
   return found.handle;
 }

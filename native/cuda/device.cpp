@@ -56,6 +56,8 @@ class Staging {
  public:
   static constexpr size_t kSmallest = size_t{64} << 10;
 
+  explicit Staging(Context& context) : context_(context) {}
+
   struct Block {
     std::byte* data;
     size_t bytes;
@@ -74,7 +76,9 @@ class Staging {
       }
     }
     void* data;
-    MGM_CU(cuMemHostAlloc(&data, size, 0));
+    context_.check(driver().cuMemHostAlloc(&data, size, 0), "cuMemHostAlloc");
+    std::lock_guard lock(mutex_);
+    all_.push_back(data);
     return {static_cast<std::byte*>(data), size};
   }
   void give_back(Block block) {
@@ -83,14 +87,16 @@ class Staging {
   }
   void free_all() {
     std::lock_guard lock(mutex_);
-    for (auto& [bytes, list] : free_)
-      for (std::byte* data : list) driver().cuMemFreeHost(data);
+    for (void* data : all_) driver().cuMemFreeHost(data);
+    all_.clear();
     free_.clear();
   }
 
  private:
+  Context& context_;
   std::mutex mutex_;
   std::map<size_t, std::vector<std::byte*>> free_;
+  std::vector<void*> all_;
 };
 
 struct Counters {
@@ -134,19 +140,22 @@ class CudaDevice final : public Device, private Queue {
   static constexpr size_t kMostWriting = size_t{64} << 20;  // written pieces under way before write() waits
 
   CudaDevice(std::shared_ptr<Context> context, size_t memory_limit)
-      : Queue(context->info()), context_(std::move(context)), isa_(format("sm_%d", info().capability())) {
+      : Queue(context->info()),
+        context_(std::move(context)),
+        isa_(format("sm_%d", info().capability())),
+        staging_(*context_) {
     counters_.limit = memory_limit;
-    context_->use();
-    MGM_CU(cuStreamCreate(&stream_, kStreamNonBlocking));
+    const Driver& api = driver();
     try {
-      MGM_CU(cuStreamCreate(&capture_stream_, kStreamNonBlocking));
-      CUdeviceptr fault;
-      MGM_CU(cuMemAllocAsync(&fault, sizeof(Fault), stream_));
-      fault_ = fault;
-      MGM_CU(cuMemsetD8Async(fault_, 0, sizeof(Fault), stream_));
+      use();
+      check(api.cuStreamCreate(&stream_, kStreamNonBlocking), "cuStreamCreate");
+      check(api.cuStreamCreate(&capture_stream_, kStreamNonBlocking), "cuStreamCreate");
+      check(api.cuMemAllocAsync(&fault_, sizeof(Fault), stream_), "cuMemAllocAsync");
+      check(api.cuMemsetD8Async(fault_, 0, sizeof(Fault), stream_), "cuMemsetD8Async");
       waiter_ = std::thread([this] { wait_for_events(); });
     } catch (...) {
       release();
+      context_->leave();
       throw;
     }
   }
@@ -182,10 +191,10 @@ class CudaDevice final : public Device, private Queue {
       }
       if (result == kOutOfMemory) {
         size_t available = 0, total = 0;
-        MGM_CU(cuMemGetInfo_v2(&available, &total));
+        check(driver().cuMemGetInfo_v2(&available, &total), "cuMemGetInfo");
         out_of_memory(capacity, available);
       }
-      check(result, "cuMemAllocAsync", __LINE__);
+      check(result, "cuMemAllocAsync");
     }
     counters_.used += capacity;
     counters_.peak = std::max(counters_.peak, counters_.used);
@@ -200,11 +209,9 @@ class CudaDevice final : public Device, private Queue {
       free_now(data);
   }
 
-  // In order with the stream. A lost context has nothing left to free.
+  // In order with the stream.
   void free_now(CUdeviceptr data) {
-    if (lost_ || !stream_) return;
-    driver().cuCtxSetCurrent(context_->handle());
-    driver().cuMemFreeAsync(data, stream_);
+    context_->while_alive([&] { driver().cuMemFreeAsync(data, stream_); });
   }
 
   void write(const View& destination, const void* source, size_t bytes) override {
@@ -216,7 +223,7 @@ class CudaDevice final : public Device, private Queue {
       wait_for_room(count);
       const Staging::Block block = staging_.take(count);
       std::memcpy(block.data, from + done, count);
-      call(driver().cuMemcpyHtoDAsync_v2(to + done, block.data, count, stream_), "cuMemcpyHtoDAsync");
+      check(driver().cuMemcpyHtoDAsync_v2(to + done, block.data, count, stream_), "cuMemcpyHtoDAsync");
       {
         std::lock_guard lock(mutex_);
         writing_ += count;
@@ -244,9 +251,9 @@ class CudaDevice final : public Device, private Queue {
     const Staging::Block block = staging_.take(sizeof(Fault) + bytes);
     take_fault(block.data);
     if (bytes > 0)
-      call(driver().cuMemcpyDtoHAsync_v2(block.data + sizeof(Fault), reinterpret_cast<CUdeviceptr>(from.data),
-                                         bytes, stream_),
-           "cuMemcpyDtoHAsync");
+      check(driver().cuMemcpyDtoHAsync_v2(block.data + sizeof(Fault),
+                                          reinterpret_cast<CUdeviceptr>(from.data), bytes, stream_),
+            "cuMemcpyDtoHAsync");
     after([this, block, bytes, destination, done = std::move(done)](CUresult result) {
       const std::exception_ptr failure = failure_of(result, block.data);
       if (!failure && bytes > 0) std::memcpy(destination, block.data + sizeof(Fault), bytes);
@@ -267,7 +274,7 @@ class CudaDevice final : public Device, private Queue {
   }
 
   void defer(std::function<void()> release) override {
-    if (closed_ || lost_) {
+    if (closed_ || context_->lost()) {
       release();
       return;
     }
@@ -281,7 +288,7 @@ class CudaDevice final : public Device, private Queue {
     graph->pool->device = weak_from_this();
     graph->device = weak_from_this();
     // Relaxed: loading a module or allocating for the graph is no part of it and must stay allowed.
-    call(driver().cuStreamBeginCapture_v2(capture_stream_, kCaptureRelaxed), "cuStreamBeginCapture");
+    check(driver().cuStreamBeginCapture_v2(capture_stream_, kCaptureRelaxed), "cuStreamBeginCapture");
     capture_ = std::move(graph);
   }
 
@@ -290,19 +297,20 @@ class CudaDevice final : public Device, private Queue {
     std::shared_ptr<CudaGraph> graph = std::exchange(capture_, nullptr);
     if (!graph) throw Error("INVALID_ARGUMENT", "expected a capture to end but received none");
     CUgraph recorded = nullptr;
-    call(driver().cuStreamEndCapture(capture_stream_, &recorded), "cuStreamEndCapture");
+    check(driver().cuStreamEndCapture(capture_stream_, &recorded), "cuStreamEndCapture");
     const CUresult result = driver().cuGraphInstantiateWithFlags(&graph->exec, recorded, 0);
     driver().cuGraphDestroy(recorded);
-    check(result, "cuGraphInstantiateWithFlags", __LINE__);
+    check(result, "cuGraphInstantiateWithFlags");
     return graph;
   }
 
   void abort_capture() override {
     if (!capture_) return;
-    driver().cuCtxSetCurrent(context_->handle());
-    CUgraph recorded = nullptr;
-    if (driver().cuStreamEndCapture(capture_stream_, &recorded) == kSuccess && recorded)
-      driver().cuGraphDestroy(recorded);
+    context_->while_alive([&] {
+      CUgraph recorded = nullptr;
+      if (driver().cuStreamEndCapture(capture_stream_, &recorded) == kSuccess && recorded)
+        driver().cuGraphDestroy(recorded);
+    });
     capture_ = nullptr;
   }
 
@@ -311,7 +319,7 @@ class CudaDevice final : public Device, private Queue {
     const auto recorded = std::static_pointer_cast<CudaGraph>(graph);
     if (recorded->device.lock().get() != this)
       throw Error("INVALID_ARGUMENT", "expected a graph of this device for replay but received another's");
-    call(driver().cuGraphLaunch(recorded->exec, stream_), "cuGraphLaunch");
+    check(driver().cuGraphLaunch(recorded->exec, stream_), "cuGraphLaunch");
   }
 
   void hold(const Tensor& tensor) override {
@@ -335,18 +343,19 @@ class CudaDevice final : public Device, private Queue {
   MemoryStats memory() const override {
     uint64_t reserved = 0, used = 0;
     const auto attribute = driver().cuMemPoolGetAttribute;
-    if (attribute && !lost_) {
-      attribute(context_->pool(), kPoolReservedCurrent, &reserved);
-      attribute(context_->pool(), kPoolUsedCurrent, &used);
-    }
+    if (attribute)
+      context_->while_alive([&] {
+        attribute(context_->pool(), kPoolReservedCurrent, &reserved);
+        attribute(context_->pool(), kPoolUsedCurrent, &used);
+      });
     return {counters_.used, reserved > used ? static_cast<size_t>(reserved - used) : 0, counters_.peak,
             counters_.limit ? std::min(counters_.limit, info().memory) : info().memory};
   }
 
   void trim() override {
-    if (lost_ || closed_) return;
+    if (context_->lost() || closed_) return;
     use();
-    call(driver().cuMemPoolTrimTo(context_->pool(), 0), "cuMemPoolTrimTo");
+    check(driver().cuMemPoolTrimTo(context_->pool(), 0), "cuMemPoolTrimTo");
   }
 
   int threads() const override { return info().multiprocessors; }
@@ -358,13 +367,17 @@ class CudaDevice final : public Device, private Queue {
       return;
     }
     abort_capture();
-    if (lost_) {
-      done(nullptr);
-    } else {
+    CUevent event = nullptr;
+    try {
+      if (!context_->lost()) event = record();
+    } catch (const Error&) {
       // A failure that nobody read goes with the device.
-      after([done = std::move(done)](CUresult) { done(nullptr); });
     }
     std::lock_guard lock(mutex_);
+    waiting_.push_back({event, [this, done = std::move(done)](CUresult) {
+                          leave();
+                          done(nullptr);
+                        }});
     closed_ = true;
     wake_.notify_one();
   }
@@ -376,10 +389,8 @@ class CudaDevice final : public Device, private Queue {
       wake_.notify_one();
     }
     if (waiter_.joinable()) waiter_.join();
-    if (stream_ && !lost_) {
-      driver().cuCtxSetCurrent(context_->handle());
-      driver().cuStreamSynchronize(stream_);
-    }
+    context_->while_alive([&] { driver().cuStreamSynchronize(stream_); });
+    leave();
   }
 
 #define MGM_RUN(name, Args)              \
@@ -408,15 +419,16 @@ class CudaDevice final : public Device, private Queue {
     use();
     const CUresult result = driver().cuStreamWaitEvent(stream_, event, 0);
     other.retire(event);
-    check(result, "cuStreamWaitEvent", __LINE__);
+    check(result, "cuStreamWaitEvent");
   }
 
   void copy_from(CudaDevice& other, CUdeviceptr to, CUdeviceptr from, size_t bytes) {
     refuse_in_capture("a copy between devices");
     other.refuse_in_capture("a copy between devices");
+    context_->reach(other.context_);
     wait_for(other);
-    call(driver().cuMemcpyPeerAsync(to, context_->handle(), from, other.context_->handle(), bytes, stream_),
-         "cuMemcpyPeerAsync");
+    check(driver().cuMemcpyPeerAsync(to, context_->handle(), from, other.context_->handle(), bytes, stream_),
+          "cuMemcpyPeerAsync");
     // The source may be freed or overwritten by its own device next.
     other.wait_for(*this);
   }
@@ -450,7 +462,7 @@ class CudaDevice final : public Device, private Queue {
         function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
         static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(dynamic_shared),
         capture_ ? capture_stream_ : stream_, params, nullptr);
-    call(result, kernel.name);
+    check(result, kernel.name);
   }
 
   static bool is_contiguous(const View& view) {
@@ -463,28 +475,21 @@ class CudaDevice final : public Device, private Queue {
     context_->use();
   }
 
-  // Records that the context died, once; then throws.
-  void call(CUresult result, const char* what) {
-    check(result, what, 0);
-  }
-  void check(CUresult result, const char* what, int line) {
-    if (result == kSuccess) return;
-    if (is_sticky(result)) lose(result, what);
-    fail(result, what, __FILE__, line);
-  }
-  void lose(CUresult result, const char* what) {
-    std::lock_guard lock(mutex_);
-    if (lost_) return;
-    loss_ = describe(result) + ", seen by " + what;
-    lost_ = true;
-    room_.notify_all();
+  void check(CUresult result, const char* call,
+             const std::source_location& place = std::source_location::current()) const {
+    context_->check(result, call, place);
   }
 
   void require_open() const {
     if (closed_) throw Error("CLOSED", "expected an open device but received a closed one");
-    if (lost_)
-      throw Error("DEVICE_LOST",
-                  "the GPU's context died of " + loss_ + "; close the device and open it again");
+    if (context_->lost())
+      throw Error("DEVICE_LOST", format("the GPU's context died of %s; close the device and open it again",
+                                        context_->loss().c_str()));
+  }
+
+  // Once: no thread of this device uses the context any more.
+  void leave() {
+    if (!left_.exchange(true)) context_->leave();
   }
 
   void refuse_in_capture(const char* what) const {
@@ -505,11 +510,12 @@ class CudaDevice final : public Device, private Queue {
       }
     }
     if (!event)
-      call(driver().cuEventCreate(&event, kEventBlockingSync | kEventDisableTiming), "cuEventCreate");
-    call(driver().cuEventRecord(event, stream_), "cuEventRecord");
+      check(driver().cuEventCreate(&event, kEventBlockingSync | kEventDisableTiming), "cuEventCreate");
+    check(driver().cuEventRecord(event, stream_), "cuEventRecord");
     return event;
   }
   void retire(CUevent event) {
+    if (!event) return;
     std::lock_guard lock(mutex_);
     events_.push_back(event);
   }
@@ -524,8 +530,8 @@ class CudaDevice final : public Device, private Queue {
 
   // The fault record to the host, and a clean one for what follows.
   void take_fault(std::byte* to) {
-    call(driver().cuMemcpyDtoHAsync_v2(to, fault_, sizeof(Fault), stream_), "cuMemcpyDtoHAsync");
-    call(driver().cuMemsetD8Async(fault_, 0, sizeof(Fault), stream_), "cuMemsetD8Async");
+    check(driver().cuMemcpyDtoHAsync_v2(to, fault_, sizeof(Fault), stream_), "cuMemcpyDtoHAsync");
+    check(driver().cuMemsetD8Async(fault_, 0, sizeof(Fault), stream_), "cuMemsetD8Async");
   }
 
   std::exception_ptr failure_of(CUresult result, const std::byte* record) {
@@ -540,7 +546,7 @@ class CudaDevice final : public Device, private Queue {
 
   void wait_for_room(size_t bytes) {
     std::unique_lock lock(mutex_);
-    room_.wait(lock, [&] { return writing_ == 0 || writing_ + bytes <= kMostWriting || lost_; });
+    room_.wait(lock, [&] { return writing_ == 0 || writing_ + bytes <= kMostWriting; });
   }
 
   void wait_for_events() {
@@ -554,8 +560,8 @@ class CudaDevice final : public Device, private Queue {
         next = std::move(waiting_.front());
         waiting_.pop_front();
       }
-      const CUresult result = driver().cuEventSynchronize(next.event);
-      if (is_sticky(result)) lose(result, "cuEventSynchronize");
+      const CUresult result = next.event ? driver().cuEventSynchronize(next.event) : kSuccess;
+      if (is_sticky(result)) context_->lose(result, "cuEventSynchronize");
       next.then(result);
       retire(next.event);
     }
@@ -568,17 +574,17 @@ class CudaDevice final : public Device, private Queue {
   }
 
   void release() {
-    const Driver& api = driver();
-    api.cuCtxSetCurrent(context_->handle());
-    for (const Waiting& left : waiting_) events_.push_back(left.event);
-    for (const CUevent event : events_) api.cuEventDestroy_v2(event);
-    staging_.free_all();
-    if (stream_) {
+    context_->while_alive([&] {
+      const Driver& api = driver();
+      for (const Waiting& left : waiting_)
+        if (left.event) api.cuEventDestroy_v2(left.event);
+      for (const CUevent event : events_) api.cuEventDestroy_v2(event);
       if (fault_) api.cuMemFreeAsync(fault_, stream_);
-      api.cuStreamSynchronize(stream_);
-      api.cuStreamDestroy_v2(std::exchange(stream_, nullptr));
-    }
-    if (capture_stream_) api.cuStreamDestroy_v2(std::exchange(capture_stream_, nullptr));
+      if (stream_) api.cuStreamSynchronize(stream_);
+      staging_.free_all();
+      for (const CUstream stream : {stream_, capture_stream_})
+        if (stream) api.cuStreamDestroy_v2(stream);
+    });
   }
 
   const std::shared_ptr<Context> context_;
@@ -595,8 +601,7 @@ class CudaDevice final : public Device, private Queue {
   std::vector<CUevent> events_;  // for reuse
   size_t writing_ = 0;           // bytes
   bool terminated_ = false;
-  std::string loss_;  // written once, before lost_
-  std::atomic<bool> closed_ = false, lost_ = false;
+  std::atomic<bool> closed_ = false, left_ = false;
   std::thread waiter_;
 };
 
@@ -620,9 +625,12 @@ GraphPool::~GraphPool() {
 CudaGraph::~CudaGraph() {
   if (!exec) return;
   const auto alive = std::static_pointer_cast<CudaDevice>(device.lock());
-  if (!alive || alive->lost_) return;
+  if (!alive) return;
+  const auto destroy = [context = alive->context_, exec = exec] {
+    context->while_alive([&] { driver().cuGraphExecDestroy(exec); });
+  };
   try {
-    alive->defer([exec = exec] { driver().cuGraphExecDestroy(exec); });
+    alive->defer(destroy);
   } catch (const std::exception&) {
     // The context died meanwhile, and the graph with it.
   }

@@ -67,7 +67,7 @@ const Driver& driver() {
 
 int device_count() {
   int count = 0;
-  MGM_CU(cuDeviceGetCount(&count));
+  check(driver().cuDeviceGetCount(&count), "cuDeviceGetCount");
   return count;
 }
 
@@ -76,20 +76,25 @@ DeviceInfo device_info(int index) {
   if (index < 0 || index >= count)
     unavailable(count == 0 ? std::string("the driver sees no GPU")
                            : format("expected a GPU from 0 to %d but received %d", count - 1, index));
+  const Driver& api = driver();
   CUdevice device;
-  MGM_CU(cuDeviceGet(&device, index));
+  check(api.cuDeviceGet(&device, index), "cuDeviceGet");
   DeviceInfo info{};
   info.index = index;
   char name[256] = {};
-  MGM_CU(cuDeviceGetName(name, sizeof name - 1, device));
+  check(api.cuDeviceGetName(name, sizeof name - 1, device), "cuDeviceGetName");
   info.name = name;
-  int shared = 0;
-  MGM_CU(cuDeviceGetAttribute(&info.major, kAttributeMajor, device));
-  MGM_CU(cuDeviceGetAttribute(&info.minor, kAttributeMinor, device));
-  MGM_CU(cuDeviceGetAttribute(&info.multiprocessors, kAttributeMultiprocessors, device));
-  MGM_CU(cuDeviceGetAttribute(&shared, kAttributeSharedOptin, device));
-  MGM_CU(cuDeviceTotalMem_v2(&info.memory, device));
-  info.shared_optin = static_cast<size_t>(shared);
+  const auto attribute = [&](int which) {
+    int value = 0;
+    check(api.cuDeviceGetAttribute(&value, which, device), "cuDeviceGetAttribute");
+    return value;
+  };
+  info.major = attribute(kAttributeMajor);
+  info.minor = attribute(kAttributeMinor);
+  info.multiprocessors = attribute(kAttributeMultiprocessors);
+  info.memory_pools = attribute(kAttributeMemoryPools) != 0;
+  info.shared_optin = static_cast<size_t>(attribute(kAttributeSharedOptin));
+  check(api.cuDeviceTotalMem_v2(&info.memory, device), "cuDeviceTotalMem");
   return info;
 }
 
@@ -121,13 +126,13 @@ bool is_sticky(CUresult result) {
   }
 }
 
-void fail(CUresult result, const char* call, const char* file, int line) {
-  const char* base = std::strrchr(file, '/');
-  const std::string where = format("%s in %s:%d", call, base ? base + 1 : file, line);
+void fail(CUresult result, const char* call, const std::source_location& place) {
+  const char* base = std::strrchr(place.file_name(), '/');
   const char* code = is_sticky(result)        ? "DEVICE_LOST"
                      : result == kOutOfMemory ? "OUT_OF_MEMORY"
                                               : "INTERNAL";
-  throw Error(code, describe(result) + ", from " + where);
+  throw Error(code, format("%s, from %s in %s:%u", describe(result).c_str(), call,
+                           base ? base + 1 : place.file_name(), static_cast<unsigned>(place.line())));
 }
 
 }  // namespace mgm::cuda

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <source_location>
 #include <string>
 #include <vector>
 
@@ -33,6 +34,11 @@ inline constexpr int kPoolReleaseThreshold = 4, kPoolReservedCurrent = 5, kPoolU
 inline constexpr unsigned kStreamNonBlocking = 1, kEventBlockingSync = 1, kEventDisableTiming = 2;
 inline constexpr int kCaptureRelaxed = 2;
 
+struct CUmemAccessDesc {
+  int location_type, location_id, flags;
+};
+inline constexpr int kLocationDevice = 1, kAccessReadWrite = 3;
+
 // X(symbol as the driver exports it, parameter types). Names with _v2 are those that 64-bit sizes need.
 // clang-format off
 #define MGM_CUDA_SYMBOLS(X)                                                                   \
@@ -47,6 +53,10 @@ inline constexpr int kCaptureRelaxed = 2;
   X(cuDeviceTotalMem_v2, (size_t*, CUdevice))                                                 \
   X(cuDevicePrimaryCtxRetain, (CUcontext*, CUdevice))                                         \
   X(cuDevicePrimaryCtxRelease_v2, (CUdevice))                                                 \
+  X(cuDevicePrimaryCtxGetState, (CUdevice, unsigned*, int*))                                  \
+  X(cuDevicePrimaryCtxReset_v2, (CUdevice))                                                   \
+  X(cuDeviceCanAccessPeer, (int*, CUdevice, CUdevice))                                        \
+  X(cuCtxEnablePeerAccess, (CUcontext, unsigned))                                             \
   X(cuCtxSetCurrent, (CUcontext))                                                             \
   X(cuMemGetInfo_v2, (size_t*, size_t*))                                                      \
   X(cuMemAllocAsync, (CUdeviceptr*, size_t, CUstream))                                        \
@@ -54,6 +64,7 @@ inline constexpr int kCaptureRelaxed = 2;
   X(cuDeviceGetDefaultMemPool, (CUmemoryPool*, CUdevice))                                     \
   X(cuMemPoolSetAttribute, (CUmemoryPool, int, void*))                                        \
   X(cuMemPoolTrimTo, (CUmemoryPool, size_t))                                                  \
+  X(cuMemPoolSetAccess, (CUmemoryPool, const CUmemAccessDesc*, size_t))                       \
   X(cuMemHostAlloc, (void**, size_t, unsigned))                                               \
   X(cuMemFreeHost, (void*))                                                                   \
   X(cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, size_t, CUstream))                       \
@@ -106,6 +117,7 @@ struct DeviceInfo {
   std::string name;
   int major, minor, multiprocessors;
   size_t memory, shared_optin;
+  bool memory_pools;
   int capability() const { return major * 10 + minor; }
 };
 // Throws Error("DEVICE_UNAVAILABLE") if there is no such device.
@@ -118,13 +130,11 @@ std::string describe(CUresult result);
 bool is_sticky(CUresult result);
 // Throws the Error that `result` stands for: OUT_OF_MEMORY, DEVICE_LOST or INTERNAL, naming the call and its
 // place.
-[[noreturn]] void fail(CUresult result, const char* call, const char* file, int line);
-
-// MGM_CU(cuX(...)): calls the driver, throws unless it succeeds.
-#define MGM_CU(call)                                                                                   \
-  do {                                                                                                 \
-    const ::mgm::cuda::CUresult mgm_result = ::mgm::cuda::driver().call;                               \
-    if (mgm_result != ::mgm::cuda::kSuccess) ::mgm::cuda::fail(mgm_result, #call, __FILE__, __LINE__); \
-  } while (0)
+[[noreturn]] void fail(CUresult result, const char* call, const std::source_location& place);
+// The same, unless the call succeeded.
+inline void check(CUresult result, const char* call,
+                  const std::source_location& place = std::source_location::current()) {
+  if (result != kSuccess) fail(result, call, place);
+}
 
 }  // namespace mgm::cuda

@@ -32,6 +32,7 @@ const answers: Record<string, string> = {
     'int cuMemAllocAsync(size_t* p, size_t n, void* s) { *p = 1 << 20; return n > (1 << 20) ? 2 : 0; }',
   cuModuleLoadDataEx:
     'int cuModuleLoadDataEx(void** m, const void* i, unsigned n, int* o, void** v) { strcpy(v[0], "line 7: odd"); return LOAD; }',
+  cuEventCreate: 'int cuEventCreate(void** e, unsigned f) { *e = malloc(1); return 0; }',
   cuEventSynchronize: 'int cuEventSynchronize(void* e) { return SYNC; }',
 }
 
