@@ -77,6 +77,12 @@ F* entry(const char* name) {
   X(cuCtxPushCurrent_v2, CUcontext)                                                                   \
   X(cuCtxPopCurrent_v2, CUcontext*)                                                                   \
   X(cuCtxGetDevice, int*)                                                                             \
+  X(cuDeviceCanAccessPeer, int*, int, int)                                                            \
+  X(cuCtxEnablePeerAccess, CUcontext, unsigned)                                                       \
+  X(cuCtxDisablePeerAccess, CUcontext)                                                                \
+  X(cuDeviceGetDefaultMemPool, CUmemoryPool*, int)                                                    \
+  X(cuMemPoolSetAccess, CUmemoryPool, const CUmemAccessDesc*, size_t)                                 \
+  X(cuMemPoolGetAccess, int*, CUmemoryPool, CUmemLocation*)                                           \
   X(cuCtxSynchronize, )                                                                               \
   X(cuMemGetInfo_v2, size_t*, size_t*)                                                                \
   X(cuMemAlloc_v2, CUdeviceptr*, size_t)                                                              \
@@ -895,6 +901,37 @@ void devices() {
   CHECK(out == in);
   EQUAL(cuMemcpyPeerAsync(there, context, here, context, 4, nullptr), CUDA_ERROR_INVALID_VALUE);
   REPORTED("api_misuse", "not of the device");
+  // Peer access, and what is left of it without.
+  int can = -1;
+  OK(cuDeviceCanAccessPeer(&can, 0, 1));
+  EQUAL(can, 1);
+  OK(cuDeviceCanAccessPeer(&can, 0, 0));
+  EQUAL(can, 0);
+  OK(cuCtxEnablePeerAccess(second, 0));
+  EQUAL(cuCtxEnablePeerAccess(second, 0), CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
+  EQUAL(cuCtxEnablePeerAccess(context, 0), CUDA_ERROR_INVALID_CONTEXT);
+  OK(cuCtxDisablePeerAccess(second));
+  EQUAL(cuCtxDisablePeerAccess(second), CUDA_ERROR_PEER_ACCESS_NOT_ENABLED);
+  CUmemoryPool default_pool = nullptr;
+  OK(cuDeviceGetDefaultMemPool(&default_pool, 1));
+  CUmemLocation reader{1, 0};
+  OK(cuMemPoolGetAccess(&can, default_pool, &reader));
+  EQUAL(can, 0);
+  CUmemAccessDesc grant{reader, 3};
+  OK(cuMemPoolSetAccess(default_pool, &grant, 1));
+  OK(cuMemPoolGetAccess(&can, default_pool, &reader));
+  EQUAL(can, 3);
+  grant.flags = 0;
+  OK(cuMemPoolSetAccess(default_pool, &grant, 1));
+  OK(configure("peers", "0"));
+  OK(cuDeviceCanAccessPeer(&can, 0, 1));
+  EQUAL(can, 0);
+  EQUAL(cuCtxEnablePeerAccess(second, 0), CUDA_ERROR_PEER_ACCESS_UNSUPPORTED);
+  grant.flags = 3;
+  EQUAL(cuMemPoolSetAccess(default_pool, &grant, 1), CUDA_ERROR_INVALID_DEVICE);
+  OK(cuMemcpyPeerAsync(here, context, there, second, kCount * 4, nullptr));
+  OK(cuCtxSynchronize());
+  OK(configure("peers", "1"));
   OK(cuCtxPushCurrent_v2(second));
   CUdeviceptr more = 0;
   EQUAL(cuMemAlloc_v2(&more, size_t{64} << 20), CUDA_ERROR_OUT_OF_MEMORY);
@@ -955,10 +992,24 @@ void sticky_errors() {
     EQUAL(launch_twice(b, a, stream), CUDA_ERROR_ILLEGAL_ADDRESS);
     EQUAL(cuCtxSynchronize(), CUDA_ERROR_ILLEGAL_ADDRESS);
     EQUAL(cuMemFree_v2(a), CUDA_ERROR_ILLEGAL_ADDRESS);
-    OK(cuDevicePrimaryCtxReset_v2(0));
-    EQUAL(cuMemAlloc_v2(&c, 16), CUDA_ERROR_CONTEXT_IS_DESTROYED);
+    // A reset ends the context and leaves who retained it; the last release ends it as well.
+    unsigned flags = 0;
+    int active = -1;
     CUcontext again = nullptr;
-    OK(cuDevicePrimaryCtxRetain(&again, 0));
+    if (*seed == '5') {
+      OK(cuDevicePrimaryCtxReset_v2(0));
+      OK(cuDevicePrimaryCtxGetState(0, &flags, &active));
+      EQUAL(active, 0);
+      EQUAL(cuMemAlloc_v2(&c, 16), CUDA_ERROR_CONTEXT_IS_DESTROYED);
+      OK(cuDevicePrimaryCtxRetain(&again, 0));
+      OK(cuDevicePrimaryCtxRelease_v2(0));
+      OK(cuDevicePrimaryCtxGetState(0, &flags, &active));
+      EQUAL(active, 1);
+    } else {
+      OK(cuDevicePrimaryCtxRelease_v2(0));
+      EQUAL(cuMemAlloc_v2(&c, 16), CUDA_ERROR_CONTEXT_IS_DESTROYED);
+      OK(cuDevicePrimaryCtxRetain(&again, 0));
+    }
     OK(cuCtxSetCurrent(again));
     context = again;
     EQUAL(launch_twice(b, a, stream), CUDA_ERROR_INVALID_HANDLE);  // nothing survives
@@ -973,6 +1024,31 @@ void sticky_errors() {
     NO_REPORTS();
   }
   OK(cuModuleUnload(module_handle));
+  OK(cuDevicePrimaryCtxRelease_v2(0));
+  EQUAL(cuDevicePrimaryCtxRelease_v2(0), CUDA_ERROR_INVALID_CONTEXT);
+  NO_REPORTS();
+}
+
+// Errors on request: of a call, and of a kernel where it runs.
+void planned_errors() {
+  OK(cuDevicePrimaryCtxRetain(&context, 0));
+  OK(cuCtxSetCurrent(context));
+  OK(cuModuleLoadDataEx(&module_handle, kPtx, 0, nullptr, nullptr));
+  OK(cuModuleGetFunction(&twice, module_handle, "twice"));
+  CUdeviceptr a = allocate(kCount * 4), b = 0;
+  OK(cuMemsetD32_v2(a, 1, kCount));
+  EQUAL(configure("fail", "cuMemAlloc_v2"), 1);
+  EQUAL(configure("fail", "cuMemAlloc_v2:0=2"), 1);
+  EQUAL(configure("fail", "cuMemAlloc_v2:1=12345"), 1);
+  OK(configure("fail", "cuMemAlloc_v2:2=2,twice:2=719"));
+  b = allocate(16);
+  EQUAL(cuMemAlloc_v2(&b, 16), CUDA_ERROR_OUT_OF_MEMORY);
+  b = allocate(16);
+  OK(launch_twice(a, a, nullptr));
+  OK(cuCtxSynchronize());
+  OK(launch_twice(a, a, nullptr));
+  EQUAL(cuCtxSynchronize(), CUDA_ERROR_LAUNCH_FAILED);
+  EQUAL(cuMemAlloc_v2(&b, 16), CUDA_ERROR_LAUNCH_FAILED);
   OK(cuDevicePrimaryCtxRelease_v2(0));
   NO_REPORTS();
 }
@@ -1084,6 +1160,7 @@ int main(int argc, char** argv) {
   devices();
   threads();
   sticky_errors();
+  planned_errors();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed ? 1 : 0;
 }

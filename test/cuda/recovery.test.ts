@@ -1,0 +1,169 @@
+import { describe, expect, it } from 'vitest'
+import { Device } from '../../lib/device.ts'
+import * as ops from '../../lib/ops.ts'
+import { testDriver } from './helpers.ts'
+
+// What is left after the GPU failed. The emulator provokes each failure once, at the launch or call named here.
+const library = testDriver({
+  MGM_EMULATOR_DEVICES: '80:64M,90:64M',
+  MGM_EMULATOR_FAIL:
+    'cast_f32_bf16=700,cast_f32_f16=719,cast_bf16_f32=716,cast_f16_f32=715,cast_f16_bf16=700',
+})
+
+const lost = (message: RegExp) => ({ code: 'DEVICE_LOST', message: expect.stringMatching(message) })
+
+/** What `body` throws. */
+function thrown(body: () => unknown): unknown {
+  try {
+    body()
+  } catch (error) {
+    return error
+  }
+  return undefined
+}
+
+/** Computes something and compares it. */
+async function works(device: Device) {
+  const x = device.tensor([1, 2, 3, 4], [2, 2])
+  expect([...(await ops.scaleColumns(x, device.tensor([2, 3], [2])).read())]).toEqual([2, 6, 6, 12])
+}
+
+describe.skipIf(library === null)('a GPU that fails', () => {
+  it('rejects every call after a fault until it is opened again', async () => {
+    const device = Device.open('cuda')
+    const other = Device.open('cuda:1')
+    const x = device.tensor([1, 2, 3, 4], [4])
+    const y = ops.cast(x, 'bf16')
+    const sibling = ops.cast(x, 'f32')
+    await expect(y.read()).rejects.toMatchObject(
+      lost(/^the GPU's work failed: CUDA_ERROR_ILLEGAL_ADDRESS \(700\)/),
+    )
+    const dead = lost(
+      /^the GPU's context died of CUDA_ERROR_ILLEGAL_ADDRESS \(700\).*; close the device and open it again$/,
+    )
+    await expect(sibling.read()).rejects.toMatchObject(dead)
+    await expect(device.synchronize()).rejects.toMatchObject(dead)
+    expect(thrown(() => ops.cast(x, 'f32'))).toMatchObject(dead)
+    expect(thrown(() => device.empty([1]))).toMatchObject(dead)
+    expect(thrown(() => x.write(new Float32Array(4)))).toMatchObject(dead)
+    expect(thrown(() => device.capture(() => x))).toMatchObject(dead)
+    expect(device.memory().used).toBeGreaterThan(0)
+    device.trim()
+    await works(other)
+
+    await device.close()
+    expect(thrown(() => device.empty([1]))).toMatchObject({ code: 'CLOSED' })
+    const again = Device.open('cuda')
+    await works(again)
+    await ops.cast(again.tensor([1], [1]), 'bf16').read()
+    // What is left of the dead device names memory that is gone, or the new one's.
+    for (const tensor of [x, y, sibling]) tensor.dispose()
+    await works(again)
+    await again.close()
+    await other.close()
+  })
+
+  it('is lost to all devices on it, and opened again after the last was closed', async () => {
+    const [first, second] = [Device.open('cuda'), Device.open('cuda')]
+    const x = second.tensor([1], [1])
+    await expect(ops.cast(first.tensor([1], [1]), 'f16').read()).rejects.toMatchObject(
+      lost(/LAUNCH_FAILED \(719\)/),
+    )
+    expect(thrown(() => ops.cast(x, 'bf16'))).toMatchObject(lost(/context died of CUDA_ERROR_LAUNCH_FAILED/))
+    await expect(x.read()).rejects.toMatchObject(lost(/context died/))
+    await first.close()
+    expect(thrown(() => Device.open('cuda'))).toMatchObject(
+      lost(/^the context of GPU 0 died of .*719.*; close all devices on it before it is opened again$/),
+    )
+    await second.close()
+    const again = Device.open('cuda')
+    await works(again)
+    await again.close()
+  })
+
+  it('may fail while a graph replays', async () => {
+    const device = Device.open('cuda')
+    const x = device.tensor(Uint16Array.of(0x3f80), [1], 'bf16')
+    const graph = device.capture(() => ops.cast(x, 'f32'))
+    graph.replay()
+    await expect(graph.outputs.read()).rejects.toMatchObject(lost(/MISALIGNED_ADDRESS \(716\)/))
+    expect(thrown(() => graph.replay())).toMatchObject(lost(/context died/))
+    graph.dispose()
+    await device.close()
+    const again = Device.open('cuda')
+    const y = again.tensor(Uint16Array.of(0x3f80), [1], 'bf16')
+    const second = again.capture(() => ops.cast(y, 'f32'))
+    second.replay()
+    expect([...(await second.outputs.read())]).toEqual([1])
+    await again.close()
+  })
+
+  it('may be closed before anybody knows, with reads under way', async () => {
+    const device = Device.open('cuda')
+    const x = device.tensor(Uint16Array.of(0x3c00), [1], 'f16')
+    const reads = [x.read(), ops.cast(x, 'f32').read(), x.read()]
+    const closed = device.close()
+    const ends = await Promise.allSettled(reads)
+    for (const end of ends.slice(1))
+      expect(end).toMatchObject({ status: 'rejected', reason: { code: 'DEVICE_LOST' } })
+    await closed
+    const again = Device.open('cuda')
+    await works(again)
+    await again.close()
+  })
+
+  it('loses a capture with it', async () => {
+    const device = Device.open('cuda')
+    const half = device.tensor(Uint16Array.of(0x3c00), [1], 'f16')
+    const x = ops.cast(half, 'bf16')
+    await expect(async () => {
+      device.capture(() => {
+        // The context is found dead somewhere in here.
+        for (let i = 0; i < 1000; i++) ops.cast(half, 'f32')
+      })
+      await x.read()
+    }).rejects.toMatchObject({ code: 'DEVICE_LOST' })
+    await device.close()
+    const again = Device.open('cuda')
+    await works(again)
+    await again.close()
+  })
+})
+
+describe.skipIf(library === null)('a GPU whose memory runs out', () => {
+  it('refuses one tensor and serves the next', async () => {
+    const device = Device.open('cuda')
+    const held = Array.from({ length: 3 }, () => device.empty([5 << 20], 'u8'))
+    const most = []
+    const refused = thrown(() => {
+      for (;;) most.push(device.empty([12 << 20], 'u8'))
+    })
+    expect(refused).toMatchObject({
+      code: 'OUT_OF_MEMORY',
+      message: expect.stringMatching(
+        /^expected 12582912 free bytes for a tensor but received \d+ \(in use \d+, limit 0\)$/,
+      ),
+    })
+    expect(most.length).toBeGreaterThan(1)
+    await works(device)
+    for (const tensor of [...most, ...held]) tensor.dispose()
+    device.empty([40 << 20], 'u8').dispose()
+    await works(device)
+    await device.close()
+  })
+
+  it('is not kept by a request that failed half way', async () => {
+    const device = Device.open('cuda')
+    const before = device.memory().used
+    expect(
+      thrown(() =>
+        device.scope(() => {
+          for (let size = 1 << 20; ; size *= 2) device.zeros([size], 'u8')
+        }),
+      ),
+    ).toMatchObject({ code: 'OUT_OF_MEMORY' })
+    expect(device.memory().used).toBe(before)
+    await works(device)
+    await device.close()
+  })
+})
