@@ -38,7 +38,7 @@ describe.skipIf(!hasNvcc)('the kernels', () => {
     const spilling = Object.values(built)
       .flatMap(Object.entries)
       .flatMap(([kernel, usage]) =>
-        Object.entries(usage)
+        Object.entries(usage as Record<string, string>)
           .filter(([, said]) => said.includes('spills'))
           .map(([targets]) => `${kernel} on ${targets}`),
       )

@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest'
 import { Device } from '../../lib/device.ts'
 import * as ops from '../../lib/ops.ts'
+import type { Tensor } from '../../lib/tensor.ts'
 import { testDriver } from './helpers.ts'
 
 // What is left after the GPU failed. The emulator provokes each failure once, at the launch or call named here.
@@ -134,7 +135,7 @@ describe.skipIf(library === null)('a GPU whose memory runs out', () => {
   it('refuses one tensor and serves the next', async () => {
     const device = Device.open('cuda')
     const held = Array.from({ length: 3 }, () => device.empty([5 << 20], 'u8'))
-    const most = []
+    const most: Tensor[] = []
     const refused = thrown(() => {
       for (;;) most.push(device.empty([12 << 20], 'u8'))
     })
