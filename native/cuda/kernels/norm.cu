@@ -1,6 +1,10 @@
-// RMSNorm and LayerNorm over the last dimension, with an optional residual added first. A block is a row; it
-// is read from memory once and its further passes hit the cache. A thread owns the same four neighbours in
-// every pass, whatever the alignment, so a row's bits never depend on where it lies.
+// RMSNorm and LayerNorm over the last dimension, with an optional residual added first.
+//
+// Bytes are what bounds them. A row is read once, in vectors of 16 bytes, and stays in registers for its
+// passes; a block keeps the weights in shared memory and goes through rows in steps of the grid. Who owns
+// which element depends on the width alone, whatever the alignment, so a row's bits never depend on where it
+// lies or on what else is normalized. Rows too wide for registers, which no model has, take plain loops in
+// f64.
 //
 // As on the CPU: means and variances are two-pass, the variance of values shifted by a first mean whose own
 // rounding is then corrected; rows for which f32 is not enough (sums that overflow, a deviation below 1e-4 of
@@ -11,132 +15,239 @@
 namespace mgm::cuda {
 namespace {
 
-__device__ __forceinline__ float4 load_quad(const float* p, int left, bool aligned) {
-  if (aligned && left >= 4) return *reinterpret_cast<const float4*>(p);
-  return make_float4(p[0], left > 1 ? p[1] : 0.0f, left > 2 ? p[2] : 0.0f, left > 3 ? p[3] : 0.0f);
-}
+extern __shared__ float4 affine[];  // weights, then biases
 
-__device__ __forceinline__ void store_quad(float* p, float4 v, int left, bool aligned) {
-  if (aligned && left >= 4) {
-    *reinterpret_cast<float4*>(p) = v;
-    return;
+// The threads of one row: a warp, or several with a barrier of their own.
+template <int kThreads>
+struct Group {
+  static constexpr int kPerBlock = kNormThreads / kThreads, kWarps = kThreads / 32;
+  __device__ static int index() { return threadIdx.x / kThreads; }
+  __device__ static int thread() { return threadIdx.x % kThreads; }
+  __device__ static void sync() {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + index()), "n"(kThreads) : "memory");
   }
-  p[0] = v.x;
-  if (left > 1) p[1] = v.y;
-  if (left > 2) p[2] = v.z;
-  if (left > 3) p[3] = v.w;
-}
 
-// body(first element, elements left) for the quads of this thread.
-template <class Body>
-__device__ __forceinline__ void for_quads(int width, Body body) {
-  for (int i = threadIdx.x * 4; i < width; i += kNormThreads * 4) body(i, width - i);
-}
-
-// body(value) for the elements of this thread.
-template <class Body>
-__device__ __forceinline__ void for_values(const float* row, int width, bool aligned, Body body) {
-  for_quads(width, [&](int i, int left) {
-    const float4 v = load_quad(row + i, left, aligned);
-    body(v.x);
-    if (left > 1) body(v.y);
-    if (left > 2) body(v.z);
-    if (left > 3) body(v.w);
-  });
-}
-
-// The row to normalize: x itself, or x + residual, written to `sum`.
-__device__ const float* prepare(const NormParams& p, int64_t t) {
-  const float* row = p.x + t * p.x_stride;
-  if (p.residual == nullptr) return row;
-  const float* residual = p.residual + t * p.residual_stride;
-  float* to = p.sum + t * p.sum_stride;
-  for_quads(p.width, [&](int i, int left) {
-    const float4 a = load_quad(row + i, left, p.aligned), b = load_quad(residual + i, left, p.aligned);
-    store_quad(to + i, make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w), left, p.aligned);
-  });
-  return to;
-}
-
-// (x - mean) / sqrt(mean((x - mean)^2) + eps) in f64, about zero instead of the mean if !kCentered; `finish`
-// makes the result of it.
-template <bool kCentered, class Finish>
-__device__ __forceinline__ void normalize_f64(const float* row, float* out, int width, float eps,
-                                              Finish finish) {
-  double mean = 0.0, square = 0.0;
-  if (kCentered) {
-    for (int i = threadIdx.x; i < width; i += kNormThreads) mean += row[i];
-    mean = block_reduce<Sum, kNormThreads>(mean) / width;
+  // The sum over the group, in an order of its own alone, in every thread.
+  template <class Number>
+  __device__ static Number sum(Number value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance >>= 1)
+      value += __shfl_xor_sync(kAllLanes, value, distance);
+    if constexpr (kWarps > 1) {
+      __shared__ Number partial[kPerBlock][kWarps];
+      if (threadIdx.x % 32 == 0) partial[index()][thread() / 32] = value;
+      sync();
+      value = partial[index()][0];
+#pragma unroll
+      for (int warp = 1; warp < kWarps; ++warp) value += partial[index()][warp];
+      sync();
+    }
+    return value;
   }
-  for (int i = threadIdx.x; i < width; i += kNormThreads) square += (row[i] - mean) * (row[i] - mean);
-  square = block_reduce<Sum, kNormThreads>(square);
-  const double r = 1.0 / sqrt(square / width + eps);
-  for (int i = threadIdx.x; i < width; i += kNormThreads)
-    out[i] = finish(i, static_cast<float>((row[i] - mean) * r));
+};
+
+// A row in the registers of its threads: vector v of it is in thread v % kThreads, at v / kThreads.
+template <class T, int kThreads, int kHeld>
+struct Row {
+  using Threads = Group<kThreads>;
+  static constexpr int kWidth = 16 / sizeof(T), kVectors = kHeld / kWidth, kQuads = kWidth / 4;
+  float held[kHeld];
+
+  // body(where the vector is held, its first column, columns from there on) for the vectors of this thread.
+  template <class Body>
+  __device__ __forceinline__ static void for_vectors(int width, Body body) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int first = (Threads::thread() + v * kThreads) * kWidth;
+      if (first < width) body(v * kWidth, first, width - first);
+    }
+  }
+
+  // body(value) for the elements of this thread.
+  template <class Body>
+  __device__ __forceinline__ void for_values(int width, Body body) {
+    for_vectors(width, [&](int at, int, int left) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j)
+        if (j < left) body(held[at + j]);
+    });
+  }
+
+  __device__ __forceinline__ static Vector<T, kWidth> read(const void* rows, int64_t offset, int left,
+                                                           bool aligned) {
+    const T* from = static_cast<const T*>(rows) + offset;
+    if (aligned && left >= kWidth) return load_vector<kWidth>(from);
+    Vector<T, kWidth> v;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) v.at[j] = j < left ? from[j] : from_float<T>(0.0f);
+    return v;
+  }
+
+  // to[j] = of(j), rounded.
+  template <class Of>
+  __device__ __forceinline__ static void write(void* rows, int64_t offset, int left, bool aligned, Of of) {
+    T* to = static_cast<T*>(rows) + offset;
+    Vector<T, kWidth> v;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) v.at[j] = from_float<T>(of(j));
+    if (aligned && left >= kWidth) return store_vector(to, v);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j)
+      if (j < left) to[j] = v.at[j];
+  }
+
+  // Row t of x, or of x + residual, which is written to `sum`.
+  __device__ __forceinline__ void load(const NormParams& p, int64_t t) {
+    for_vectors(p.width, [&](int at, int first, int left) {
+      const auto x = read(p.x, t * p.x_stride + first, left, p.aligned);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) held[at + j] = to_float(x.at[j]);
+    });
+    if (p.residual == nullptr) return;
+    for_vectors(p.width, [&](int at, int first, int left) {
+      const auto x = read(p.residual, t * p.residual_stride + first, left, p.aligned);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) held[at + j] += to_float(x.at[j]);
+      write(p.sum, t * p.sum_stride + first, left, p.aligned, [&](int j) { return held[at + j]; });
+    });
+  }
+
+  __device__ __forceinline__ void standardize_rms(int width, float eps) {
+    float square = 0.0f;
+    for_values(width, [&](float v) { square = fmaf(v, v, square); });
+    const float mean = Threads::sum(square) / width;
+    if (!isfinite(mean)) return standardize_f64<false>(width, eps);
+    const float r = 1.0f / sqrtf(mean + eps);
+    for_values(width, [&](float& v) { v *= r; });
+  }
+
+  __device__ __forceinline__ void standardize_layer(int width, float eps) {
+    // First mean.
+    float total = 0.0f;
+    for_values(width, [&](float v) { total += v; });
+    const float shift = Threads::sum(total) / width;
+
+    // Shifted moments.
+    float first = 0.0f, second = 0.0f;
+    for_values(width, [&](float v) {
+      const float d = v - shift;
+      first += d;
+      second = fmaf(d, d, second);
+    });
+    const float correction = Threads::sum(first) / width;
+    const float variance = Threads::sum(second) / width - correction * correction;
+    if (!(variance >= 1e-8f * shift * shift) || !isfinite(variance)) return standardize_f64<true>(width, eps);
+    const float r = 1.0f / sqrtf(variance + eps);
+    for_values(width, [&](float& v) { v = ((v - shift) - correction) * r; });
+  }
+
+  // (x - mean) / sqrt(mean((x - mean)^2) + eps), about zero instead of the mean if !kCentered.
+  template <bool kCentered>
+  __device__ __forceinline__ void standardize_f64(int width, float eps) {
+    double mean = 0.0, square = 0.0;
+    if (kCentered) {
+      for_values(width, [&](float v) { mean += v; });
+      mean = Threads::sum(mean) / width;
+    }
+    for_values(width, [&](float v) { square += (v - mean) * (v - mean); });
+    const double r = 1.0 / sqrt(Threads::sum(square) / width + eps);
+    for_values(width, [&](float& v) { v = static_cast<float>((v - mean) * r); });
+  }
+
+  // The quads of a vector lie apart, so that threads read neighbouring quads: no bank conflicts.
+  __device__ static int vectors_of(int width) {
+    return (width + kWidth - 1) / kWidth;
+  }
+  __device__ static void load_affine(const NormParams& p) {
+    const int vectors = vectors_of(p.width), size = vectors * kWidth;
+    float* to = reinterpret_cast<float*>(affine);
+    for (int i = threadIdx.x; i < size; i += kNormThreads) {
+      const int at = (i % kWidth / 4 * vectors + i / kWidth) * 4 + i % 4;
+      to[at] = i < p.width ? p.weight[i] + p.weight_offset : 0.0f;
+      if (p.bias) to[size + at] = i < p.width ? p.bias[i] : 0.0f;
+    }
+    __syncthreads();
+  }
+
+  template <bool kBias>
+  __device__ __forceinline__ void store(const NormParams& p, int64_t t) const {
+    const int vectors = vectors_of(p.width);
+    for_vectors(p.width, [&](int at, int first, int left) {
+      float y[kWidth];
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const float* v = held + at + q * 4;
+        const int quad = q * vectors + first / kWidth;
+        const float4 w = affine[quad], b = kBias ? affine[kQuads * vectors + quad] : float4{};
+        y[q * 4] = kBias ? fmaf(v[0], w.x, b.x) : v[0] * w.x;
+        y[q * 4 + 1] = kBias ? fmaf(v[1], w.y, b.y) : v[1] * w.y;
+        y[q * 4 + 2] = kBias ? fmaf(v[2], w.z, b.z) : v[2] * w.z;
+        y[q * 4 + 3] = kBias ? fmaf(v[3], w.w, b.w) : v[3] * w.w;
+      }
+      write(p.out, t * p.out_stride + first, left, p.aligned, [&](int j) { return y[j]; });
+    });
+  }
+};
+
+template <class T, int kThreads, int kHeld, bool kCentered>
+__device__ __forceinline__ void normalize(const NormParams& p) {
+  using Threads = Group<kThreads>;
+  Row<T, kThreads, kHeld> row;
+  row.load_affine(p);
+  for (int64_t t = static_cast<int64_t>(blockIdx.x) * Threads::kPerBlock + Threads::index(); t < p.rows;
+       t += static_cast<int64_t>(gridDim.x) * Threads::kPerBlock) {
+    row.load(p, t);
+    if constexpr (kCentered)
+      row.standardize_layer(p.width, p.eps);
+    else
+      row.standardize_rms(p.width, p.eps);
+    row.template store<kCentered>(p, t);
+  }
 }
 
-template <class Finish>
-__device__ __forceinline__ void write_row(const NormParams& p, const float* row, float* out, Finish finish) {
-  for_quads(p.width, [&](int i, int left) {
-    float4 v = load_quad(row + i, left, p.aligned);
-    v.x = finish(i, v.x);
-    if (left > 1) v.y = finish(i + 1, v.y);
-    if (left > 2) v.z = finish(i + 2, v.z);
-    if (left > 3) v.w = finish(i + 3, v.w);
-    store_quad(out + i, v, left, p.aligned);
-  });
+template <class T, bool kCentered>
+__device__ __forceinline__ void normalize_long(const NormParams& p) {
+  for (int64_t t = blockIdx.x; t < p.rows; t += gridDim.x) {
+    const T* x = static_cast<const T*>(p.x) + t * p.x_stride;
+    const T* residual = p.residual ? static_cast<const T*>(p.residual) + t * p.residual_stride : nullptr;
+    T* sum = static_cast<T*>(p.sum) + t * p.sum_stride;
+    T* out = static_cast<T*>(p.out) + t * p.out_stride;
+    const auto value = [&](int i) { return to_float(x[i]) + (residual ? to_float(residual[i]) : 0.0f); };
+    double mean = 0.0, square = 0.0;
+    if (kCentered) {
+      for (int i = threadIdx.x; i < p.width; i += kNormThreads) mean += value(i);
+      mean = block_reduce<Sum, kNormThreads>(mean) / p.width;
+    }
+    for (int i = threadIdx.x; i < p.width; i += kNormThreads) {
+      const double d = value(i) - mean;
+      square += d * d;
+    }
+    const double r = 1.0 / sqrt(block_reduce<Sum, kNormThreads>(square) / p.width + p.eps);
+    for (int i = threadIdx.x; i < p.width; i += kNormThreads) {
+      const float v = value(i);
+      if (residual) sum[i] = from_float<T>(v);
+      const float y = static_cast<float>((v - mean) * r), w = p.weight[i] + p.weight_offset;
+      out[i] = from_float<T>(kCentered ? fmaf(y, w, p.bias[i]) : y * w);
+    }
+  }
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kNormThreads) rms_norm(const __grid_constant__ NormParams p) {
-  const int64_t t = blockIdx.x;
-  const float* row = prepare(p, t);
-  float* out = p.out + t * p.out_stride;
-
-  // Normalizer.
-  float square = 0.0f;
-  for_values(row, p.width, p.aligned, [&](float v) { square = fmaf(v, v, square); });
-  const float mean = block_reduce<Sum, kNormThreads>(square) / p.width;
-
-  // Write output.
-  const auto weighted = [&](int i, float v) { return v * (p.weight[i] + p.weight_offset); };
-  if (!isfinite(mean)) {
-    normalize_f64<false>(row, out, p.width, p.eps, weighted);
-    return;
+#define KERNEL(name, ...)                                                                                 \
+  extern "C" __global__ void __launch_bounds__(kNormThreads) name(const __grid_constant__ NormParams p) { \
+    __VA_ARGS__(p);                                                                                       \
   }
-  const float r = 1.0f / sqrtf(mean + p.eps);
-  write_row(p, row, out, [&](int i, float v) { return weighted(i, v * r); });
-}
-
-extern "C" __global__ void __launch_bounds__(kNormThreads) layer_norm(const __grid_constant__ NormParams p) {
-  const int64_t t = blockIdx.x;
-  const float* row = prepare(p, t);
-  float* out = p.out + t * p.out_stride;
-
-  // First mean.
-  float total = 0.0f;
-  for_values(row, p.width, p.aligned, [&](float v) { total += v; });
-  const float shift = block_reduce<Sum, kNormThreads>(total) / p.width;
-
-  // Shifted moments.
-  float first = 0.0f, second = 0.0f;
-  for_values(row, p.width, p.aligned, [&](float v) {
-    const float d = v - shift;
-    first += d;
-    second = fmaf(d, d, second);
-  });
-  const float correction = block_reduce<Sum, kNormThreads>(first) / p.width;
-  const float variance = block_reduce<Sum, kNormThreads>(second) / p.width - correction * correction;
-
-  // Write output.
-  const auto affine = [&](int i, float v) { return fmaf(v, p.weight[i], p.bias[i]); };
-  if (!(variance >= 1e-8f * shift * shift) || !isfinite(variance)) {
-    normalize_f64<true>(row, out, p.width, p.eps, affine);
-    return;
-  }
-  const float r = 1.0f / sqrtf(variance + p.eps);
-  write_row(p, row, out, [&](int i, float v) { return affine(i, ((v - shift) - correction) * r); });
-}
+#define NORM(name, T, kCentered)                                                       \
+  KERNEL(name##_narrow, normalize<T, 32, kNormNarrow / 32, kCentered>)                 \
+  KERNEL(name##_middle, normalize<T, kNormGroup, kNormMiddle / kNormGroup, kCentered>) \
+  KERNEL(name##_wide, normalize<T, kNormGroup, kNormWide / kNormGroup, kCentered>)     \
+  KERNEL(name##_long, normalize_long<T, kCentered>)
+NORM(rms_norm_f32, float, false)
+NORM(rms_norm_bf16, __nv_bfloat16, false)
+NORM(rms_norm_f16, __half, false)
+NORM(layer_norm_f32, float, true)
+NORM(layer_norm_bf16, __nv_bfloat16, true)
+NORM(layer_norm_f16, __half, true)
 
 }  // namespace mgm::cuda

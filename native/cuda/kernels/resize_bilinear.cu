@@ -1,6 +1,7 @@
 // PyTorch's bilinear interpolate (align_corners=false, antialias=false). x [B, H, W, C], out [B, OH, OW, C].
-// One thread an output element, channels fastest, so that the four reads and the write are coalesced. Source
-// coordinates and weights are f32, as PyTorch computes them.
+// A thread makes 16 bytes of neighbouring channels of an output pixel where C allows, else one channel, so
+// that the four reads and the write are coalesced: out is written once, x read through the caches, whose
+// sectors neighbouring pixels share. Source coordinates and weights are f32, as PyTorch computes them.
 #include "common.cuh"
 #include "resize_bilinear.h"
 
@@ -26,23 +27,45 @@ __device__ __forceinline__ Tap tap_of(int i, int in, int out) {
   return tap;
 }
 
+template <class T, int N>
+__device__ __forceinline__ void resize(const ResizeParams& p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kResizeThreads + threadIdx.x;
+  if (i >= p.count) return;
+  const int64_t pixel = i / p.channels, c = i - pixel * p.channels;
+  const int64_t line = pixel / p.out_w, b = line / p.out_h;
+  const Tap x = tap_of(static_cast<int>(pixel - line * p.out_w), p.in_w, p.out_w);
+  const Tap y = tap_of(static_cast<int>(line - b * p.out_h), p.in_h, p.out_h);
+  const auto at = [&](int row, int column) {
+    return load_vector<N>(static_cast<const T*>(p.x) +
+                          (((b * p.in_h + row) * p.in_w + column) * p.channels + c) * N);
+  };
+  const Vector<T, N> low_low = at(y.low, x.low), low_high = at(y.low, x.high), high_low = at(y.high, x.low),
+                     high_high = at(y.high, x.high);
+  const float wx = 1.0f - x.lambda, wy = 1.0f - y.lambda;
+  Vector<T, N> out;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float top = fmaf(to_float(low_high.at[j]), x.lambda, to_float(low_low.at[j]) * wx);
+    const float bottom = fmaf(to_float(high_high.at[j]), x.lambda, to_float(high_low.at[j]) * wx);
+    out.at[j] = from_float<T>(fmaf(bottom, y.lambda, top * wy));
+  }
+  store_vector(static_cast<T*>(p.out) + i * N, out);
+}
+
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kResizeThreads)
-    resize_bilinear(const __grid_constant__ ResizeParams p) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kResizeThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kResizeThreads + threadIdx.x; i < p.count; i += step) {
-    const int64_t pixel = i / p.channels, c = i - pixel * p.channels;
-    const int64_t line = pixel / p.out_w, b = line / p.out_h;
-    const Tap x = tap_of(static_cast<int>(pixel - line * p.out_w), p.in_w, p.out_w);
-    const Tap y = tap_of(static_cast<int>(line - b * p.out_h), p.in_h, p.out_h);
-    const float* low = p.x + (b * p.in_h + y.low) * p.in_w * p.channels + c;
-    const float* high = p.x + (b * p.in_h + y.high) * p.in_w * p.channels + c;
-    const float wx = 1.0f - x.lambda, wy = 1.0f - y.lambda;
-    const float top = fmaf(low[x.high * p.channels], x.lambda, low[x.low * p.channels] * wx);
-    const float bottom = fmaf(high[x.high * p.channels], x.lambda, high[x.low * p.channels] * wx);
-    p.out[i] = fmaf(bottom, y.lambda, top * wy);
+// <name>: vectors; <name>_1: elements.
+#define RESIZE(name, T, N)                                     \
+  extern "C" __global__ void __launch_bounds__(kResizeThreads) \
+      name(const __grid_constant__ ResizeParams p) {           \
+    resize<T, N>(p);                                           \
+  }                                                            \
+  extern "C" __global__ void __launch_bounds__(kResizeThreads) \
+      name##_1(const __grid_constant__ ResizeParams p) {       \
+    resize<T, 1>(p);                                           \
   }
-}
+RESIZE(resize_bilinear_f32, float, 4)
+RESIZE(resize_bilinear_bf16, __nv_bfloat16, 8)
+RESIZE(resize_bilinear_f16, __half, 8)
 
 }  // namespace mgm::cuda

@@ -1,25 +1,33 @@
 #include "rope_and_cache.h"
 
+#include <algorithm>
+#include <string>
+
 #include "../../runtime/error.h"
+#include "../../runtime/tensor.h"
 #include "../launch.h"
 
 namespace mgm::cuda {
 
 void rope_and_cache(Queue& queue, const RopeAndCacheArgs& args) {
-  const View& pages = args.k_pages;
+  const View &qkv = args.qkv, &pages = args.k_pages;
   const int64_t half = args.out.shape[2] / 2;
   if (half > kRopeMaxHalf)
     throw Error("INVALID_ARGUMENT", format("expected at most %d for the head dimension but received %lld",
                                            2 * kRopeMaxHalf, static_cast<long long>(2 * half)));
-  const char* kernel = pages.dtype == DType::f32    ? "rope_and_cache_f32"
-                       : pages.dtype == DType::bf16 ? "rope_and_cache_bf16"
-                                                    : "rope_and_cache_f16";
-  queue.launch({"rope_and_cache", kernel}, {args.out.shape[0]}, kRopeThreads,
-               RopeParams{args.qkv.f32(), args.positions.i32(), args.slots.i32(), args.inv_freq.f32(),
-                          args.k_pages.data, args.v_pages.data, args.out.f32(), queue.fault(),
-                          args.qkv.strides[0], pages.shape[0] * pages.shape[2],
-                          static_cast<int32_t>(args.out.shape[1]), static_cast<int32_t>(pages.shape[1]),
-                          static_cast<int32_t>(half), static_cast<int32_t>(pages.shape[2])});
+  std::string kernel = std::string("rope_and_cache_") + dtype_name(qkv.dtype) + "_" + dtype_name(pages.dtype);
+  // Whole heads make the distances within qkv, pages and out multiples of half a head.
+  const auto width = 16 / static_cast<int64_t>(std::max(dtype_size(qkv.dtype), dtype_size(pages.dtype)));
+  const auto start = [](const View& view) { return reinterpret_cast<uintptr_t>(view.data) % 16; };
+  if (half % width != 0 || qkv.strides[0] % width != 0 || start(qkv) != 0 || start(args.k_pages) != 0 ||
+      start(args.v_pages) != 0)
+    kernel += "_1";
+  queue.launch({"rope_and_cache", kernel.c_str()}, {args.out.shape[0]}, kRopeThreads,
+               RopeParams{qkv.data, args.positions.i32(), args.slots.i32(), args.inv_freq.f32(),
+                          args.k_pages.data, args.v_pages.data, args.out.data, queue.fault(), qkv.strides[0],
+                          pages.shape[0] * pages.shape[2], static_cast<int32_t>(args.out.shape[1]),
+                          static_cast<int32_t>(pages.shape[1]), static_cast<int32_t>(half),
+                          static_cast<int32_t>(pages.shape[2])});
 }
 
 }  // namespace mgm::cuda

@@ -1,63 +1,119 @@
 // Rotary embedding of q and k and the write of k and v into KV pages. A block is a token: its cosines and
 // sines (full range reduction, accurate at any position) are computed once into shared memory and used by
-// all heads. Bytes are what bounds it: qkv is read once, q and the new cache rows are written once.
+// all heads. Bytes are what bounds it: qkv is read once, q and the new cache rows are written once, in
+// vectors of 16 bytes of the wider type, a vector of either half of a head by one thread.
 #include "common.cuh"
 #include "rope_and_cache.h"
 
 namespace mgm::cuda {
+namespace {
 
-template <class Page>
-__device__ void rope(const RopeParams& p) {
-  __shared__ float cosine[kRopeMaxHalf], sine[kRopeMaxHalf];
-  const int64_t t = blockIdx.x;
-  const int half = p.half, d = 2 * half;
-  const float* row = p.qkv + t * p.qkv_stride;
-  const float position = static_cast<float>(p.positions[t]);
-  for (int i = threadIdx.x; i < half; i += kRopeThreads) {
-    const float angle = __fmul_rn(position, p.inv_freq[i]);
-    cosine[i] = cosf(angle);
-    sine[i] = sinf(angle);
-  }
-  __syncthreads();
+// Where the value of angle i lies in shared memory: with 8 angles a thread those that it reads at once, four,
+// are neighbours of its neighbours' four.
+template <int N>
+__device__ __forceinline__ int place_of(int i, int half) {
+  return N == 8 ? i / 4 % 2 * (half / 2) + i / 8 * 4 + i % 4 : i;
+}
 
-  // Queries.
-  float* out = p.out + t * p.heads * d;
-  for (int at = threadIdx.x; at < p.heads * half; at += kRopeThreads) {
-    const int head = at / half, i = at - head * half;
-    const float a = row[head * d + i], b = row[head * d + half + i];
-    out[head * d + i] = fmaf(-b, sine[i], a * cosine[i]);
-    out[head * d + half + i] = fmaf(a, sine[i], b * cosine[i]);
-  }
-
-  // Keys and values.
-  const int64_t slot = p.slots[t];
-  if (slot < 0) return;
-  if (slot >= p.slot_count) {
-    if (threadIdx.x == 0) report(p.fault, FaultKind::cache_slot, slot, 0, p.slot_count, t);
-    return;
-  }
-  const float* k = row + static_cast<int64_t>(p.heads) * d;
-  const float* v = k + static_cast<int64_t>(p.kv_heads) * d;
-  const int64_t page = slot / p.page_size, offset = slot - page * p.page_size;
-  for (int at = threadIdx.x; at < p.kv_heads * half; at += kRopeThreads) {
-    const int head = at / half, i = at - head * half;
-    const int64_t to = ((page * p.kv_heads + head) * p.page_size + offset) * d + i;
-    const float a = k[head * d + i], b = k[head * d + half + i];
-    Page* k_pages = static_cast<Page*>(p.k_pages) + to;
-    Page* v_pages = static_cast<Page*>(p.v_pages) + to;
-    k_pages[0] = from_float<Page>(fmaf(-b, sine[i], a * cosine[i]));
-    k_pages[half] = from_float<Page>(fmaf(a, sine[i], b * cosine[i]));
-    v_pages[0] = from_float<Page>(v[head * d + i]);
-    v_pages[half] = from_float<Page>(v[head * d + half + i]);
+template <int N>
+__device__ __forceinline__ void load_angles(const float* values, int i, int half, float* to) {
+  constexpr int kStep = N < 4 ? N : 4;
+#pragma unroll
+  for (int j = 0; j < N; j += kStep) {
+    const auto some = load_vector<kStep>(values + place_of<N>(i + j, half));
+#pragma unroll
+    for (int k = 0; k < kStep; ++k) to[j + k] = some.at[k];
   }
 }
 
-#define ROPE(name, Page)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(kRopeThreads) name(const __grid_constant__ RopeParams p) { \
-    rope<Page>(p);                                                                                        \
+// to = the rotation of the N pairs (from[j], from[half + j]) by the angles from `i` on.
+template <class To, int N, class From>
+__device__ __forceinline__ void rotate(const From* from, int half, const float* cosines, const float* sines,
+                                       int i, To* to) {
+  const Vector<From, N> low = load_vector<N>(from), high = load_vector<N>(from + half);
+  float cosine[N], sine[N];
+  load_angles<N>(cosines, i, half, cosine);
+  load_angles<N>(sines, i, half, sine);
+  Vector<To, N> turned_low, turned_high;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float a = to_float(low.at[j]), b = to_float(high.at[j]);
+    turned_low.at[j] = from_float<To>(fmaf(-b, sine[j], a * cosine[j]));
+    turned_high.at[j] = from_float<To>(fmaf(a, sine[j], b * cosine[j]));
   }
-ROPE(rope_and_cache_f32, float)
-ROPE(rope_and_cache_bf16, __nv_bfloat16)
-ROPE(rope_and_cache_f16, __half)
+  store_vector(to, turned_low);
+  store_vector(to + half, turned_high);
+}
+
+template <class To, int N, class From>
+__device__ __forceinline__ void copy(const From* from, To* to) {
+  const Vector<From, N> x = load_vector<N>(from);
+  Vector<To, N> y;
+#pragma unroll
+  for (int j = 0; j < N; ++j) y.at[j] = from_float<To>(to_float(x.at[j]));
+  store_vector(to, y);
+}
+
+template <class T, class Page, int N>
+__device__ __forceinline__ void rope(const RopeParams& p) {
+  __shared__ __align__(16) float cosine[kRopeMaxHalf], sine[kRopeMaxHalf];
+  const int64_t t = blockIdx.x;
+  const int half = p.half, d = 2 * half, vectors = half / N;
+  const float position = static_cast<float>(p.positions[t]);
+  for (int i = threadIdx.x; i < half; i += kRopeThreads) {
+    const float angle = __fmul_rn(position, p.inv_freq[i]);
+    cosine[place_of<N>(i, half)] = cosf(angle);
+    sine[place_of<N>(i, half)] = sinf(angle);
+  }
+  const int64_t slot = p.slots[t];
+  const bool cached = slot >= 0 && slot < p.slot_count;
+  if (slot >= p.slot_count && threadIdx.x == 0)
+    report(p.fault, FaultKind::cache_slot, slot, 0, p.slot_count, t);
+  const int64_t page = cached ? slot / p.page_size : 0, offset = cached ? slot - page * p.page_size : 0;
+  __syncthreads();
+
+  const T* row = static_cast<const T*>(p.qkv) + t * p.qkv_stride;
+  T* out = static_cast<T*>(p.out) + t * p.heads * d;
+  const int heads = p.heads + (cached ? 2 * p.kv_heads : 0);
+  for (int at = threadIdx.x; at < heads * vectors; at += kRopeThreads) {
+    const int head = at / vectors, i = (at - head * vectors) * N;
+    const T* from = row + head * d + i;
+    if (head < p.heads) {
+      rotate<T, N>(from, half, cosine, sine, i, out + head * d + i);
+      continue;
+    }
+    const bool is_key = head < p.heads + p.kv_heads;
+    const int kv_head = head - p.heads - (is_key ? 0 : p.kv_heads);
+    const int64_t to = ((page * p.kv_heads + kv_head) * p.page_size + offset) * d + i;
+    if (is_key) {
+      rotate<Page, N>(from, half, cosine, sine, i, static_cast<Page*>(p.k_pages) + to);
+    } else {
+      Page* v = static_cast<Page*>(p.v_pages) + to;
+      copy<Page, N>(from, v);
+      copy<Page, N>(from + half, v + half);
+    }
+  }
+}
+
+}  // namespace
+
+// <name>: vectors; <name>_1: elements.
+#define ROPE(name, T, Page, N)                                                                            \
+  extern "C" __global__ void __launch_bounds__(kRopeThreads) name(const __grid_constant__ RopeParams p) { \
+    rope<T, Page, N>(p);                                                                                  \
+  }                                                                                                       \
+  extern "C" __global__ void __launch_bounds__(kRopeThreads)                                              \
+      name##_1(const __grid_constant__ RopeParams p) {                                                    \
+    rope<T, Page, 1>(p);                                                                                  \
+  }
+ROPE(rope_and_cache_f32_f32, float, float, 4)
+ROPE(rope_and_cache_f32_bf16, float, __nv_bfloat16, 4)
+ROPE(rope_and_cache_f32_f16, float, __half, 4)
+ROPE(rope_and_cache_bf16_f32, __nv_bfloat16, float, 4)
+ROPE(rope_and_cache_bf16_bf16, __nv_bfloat16, __nv_bfloat16, 8)
+ROPE(rope_and_cache_bf16_f16, __nv_bfloat16, __half, 8)
+ROPE(rope_and_cache_f16_f32, __half, float, 4)
+ROPE(rope_and_cache_f16_bf16, __half, __nv_bfloat16, 8)
+ROPE(rope_and_cache_f16_f16, __half, __half, 8)
 
 }  // namespace mgm::cuda

@@ -5,14 +5,14 @@
 
 namespace mgm::cuda {
 
-constexpr int kRopeThreads = 128, kRopeMaxHalf = 256;
+constexpr int kRopeThreads = 256, kRopeMaxHalf = 256;
 
 struct RopeParams {
-  const float* qkv;  // [T, (H + 2*KV) * D]
+  const void* qkv;  // [T, (H + 2*KV) * D]
   const int32_t *positions, *slots;
   const float* inv_freq;    // [D/2]
   void *k_pages, *v_pages;  // [pages, KV, page_size, D]
-  float* out;               // [T, H, D]
+  void* out;                // [T, H, D]
   Fault* fault;
   int64_t qkv_stride, slot_count;
   int32_t heads, kv_heads, half, page_size;
