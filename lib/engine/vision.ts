@@ -158,7 +158,7 @@ export class VisionEncoder {
       const features = this.#model.encodeImages(pixels)
       if (entries.length === 1) return [features]
       // Copies, so that each is freed by itself.
-      return entries.map((_, i) => cast(features.narrow(0, i * tokens, tokens), 'f32'))
+      return entries.map((_, i) => cast(features.narrow(0, i * tokens, tokens), features.dtype))
     })
     try {
       await this.#device.synchronize()

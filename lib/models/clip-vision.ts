@@ -74,7 +74,7 @@ async function loadLayer(loader: Loader, weights: Weights, config: ClipConfig) {
     layer_norm1: loadNorm(loader, under(weights, 'layer_norm1.'), c),
     qkv: {
       weight: loader.linear(qkv.map(part => part.take('weight', [c, c]))),
-      bias: loader.concat(qkv.map(part => part.take('bias', [c]))),
+      bias: await loader.concat(qkv.map(part => part.take('bias', [c]))),
     },
     out_proj: dense('self_attn.out_proj', c, c),
     layer_norm2: loadNorm(loader, under(weights, 'layer_norm2.'), c),
@@ -140,7 +140,7 @@ export class ClipVision {
     return this.grid ** 2 + (this.select.feature === 'cls_patch' ? 1 : 0)
   }
 
-  /** pixels [B, S, S, 3] f32, normalised → [B·tokens, C], row-major patches (after the class token, if selected). */
+  /** pixels [B, S, S, 3], normalised → [B·tokens, C], row-major patches (after the class token, if selected). */
   forward(pixels: Tensor, observe?: Observe): Tensor {
     return scope(() => {
       const batch = pixels.shape[0]!
@@ -159,7 +159,7 @@ export class ClipVision {
         observe?.(`hidden_${i + 1}`, x)
       })
       if (this.select.feature === 'cls_patch') return x
-      return cast(x.reshape(batch, length, channels).narrow(1, 1, patches), 'f32').reshape(-1, channels)
+      return cast(x.reshape(batch, length, channels).narrow(1, 1, patches), x.dtype).reshape(-1, channels)
     })
   }
 
@@ -196,16 +196,18 @@ async function loadEmbeddings(loader: Loader, weights: Weights, config: ClipConf
   const embeddings = under(weights, 'embeddings.')
   const classEmbedding = embeddings.take('class_embedding', [c])
   const positions = embeddings.take('position_embedding.weight', [patches + 1, c])
-  const all = () => cast(loader.tensor(positions), 'f32')
+  const classRow = await loader.fold((f32, host) => {
+    const column = packLinear(f32(classEmbedding).reshape(c, 1), { dtype: 'f32' })
+    return linear(host.tensor([1], [1, 1]), column, { residual: f32(positions).narrow(0, 0, 1) })
+  })
   return {
     patch_embedding: loader.conv(embeddings.take('patch_embedding.weight', [c, 3, size, size])),
     /** [P, C] */
-    patch_positions: loader.build(() => all().narrow(0, 1, patches)),
+    patch_positions: loader.build(() =>
+      cast(loader.tensor(positions).narrow(0, 1, patches), loader.activations),
+    ),
     /** [1, C] the class token with its position. */
-    class_row: loader.build(() => {
-      const column = packLinear(cast(loader.tensor(classEmbedding), 'f32').reshape(c, 1), { dtype: 'f32' })
-      return linear(loader.device.tensor([1], [1, 1]), column, { residual: all().narrow(0, 0, 1) })
-    }),
+    class_row: loader.build(() => cast(classRow(), loader.activations)),
     pre_layrnorm: loadNorm(loader, under(weights, 'pre_layrnorm.'), c),
   }
 }

@@ -3,6 +3,7 @@ import type { Device } from '../device.ts'
 import { expected, MgmError } from '../errors.ts'
 import {
   type Activation,
+  type ActivationType,
   embedding,
   groupedLinear,
   linear,
@@ -145,7 +146,7 @@ class MixtureMlp {
   }
 
   forward(normed: Tensor, residual: Tensor): Tensor {
-    const { weights, ids } = moeRoute(linear(normed, this.gate), this.topK) // [T, k]
+    const { weights, ids } = moeRoute(linear(normed, this.gate, { out: 'f32' }), this.topK) // [T, k]
     const inner = groupedLinear(normed, this.w13, ids, { activation: this.activation }) // [T·k, I]
     return groupedLinear(inner, this.w2, ids, { weights, residual }) // [T, hidden]
   }
@@ -220,6 +221,7 @@ export class Decoder {
   private readonly lmHead: Tensor
   private readonly invFreq: Tensor
   private readonly embedScale: Tensor | undefined
+  private readonly activations: ActivationType
 
   private constructor(
     loader: Loader,
@@ -230,6 +232,7 @@ export class Decoder {
     const { family, hidden_size: hidden, head_dim } = config
     this.config = config
     this.vocabSize = vocabSize
+    this.activations = loader.activations
     this.embedTokens = w.embedTokens
     this.layers = w.layers
     this.finalNorm = w.finalNorm
@@ -274,7 +277,7 @@ export class Decoder {
 
   /** ids i32 [T] → [T, hidden]; a negative id gives zeros. */
   embed(ids: Tensor): Tensor {
-    return embedding(this.embedTokens, ids)
+    return embedding(this.embedTokens, ids, { out: this.activations })
   }
 
   /** Logits f32 [R, vocabSize] of the wanted rows; the batch's keys and values are in the cache afterwards. */
@@ -291,8 +294,8 @@ export class Decoder {
         if (i + 1 < this.layers.length) observe?.(`hidden_${i + 1}`, x)
       })
       if (observe) observe(`hidden_${this.layers.length}`, rmsNorm(x, this.finalNorm, norm))
-      const last = embedding(x, batch.logitRows) // [R, hidden]
-      return linear(rmsNorm(last, this.finalNorm, norm), this.lmHead) // [R, V]
+      const last = embedding(x, batch.logitRows, { out: this.activations }) // [R, hidden]
+      return linear(rmsNorm(last, this.finalNorm, norm), this.lmHead, { out: 'f32' }) // [R, V]
     })
   }
 }

@@ -1,8 +1,8 @@
 import type { HiddenAct } from '../checkpoint/config.ts'
 import { permutation, type TensorMap, type WeightDType, type WeightEntry } from '../checkpoint/tensor-map.ts'
-import { type Device, MappedFile } from '../device.ts'
+import { Device, MappedFile } from '../device.ts'
 import { MgmError, throwIfAborted } from '../errors.ts'
-import { type Activation, cast, embedding, packLinear, permute } from '../ops.ts'
+import { type Activation, type ActivationType, cast, embedding, packLinear, permute } from '../ops.ts'
 import { scope, type Tensor } from '../tensor.ts'
 
 /** Where a network asks for its weights: a `TensorMap`, or a part of one. */
@@ -18,6 +18,8 @@ export interface LoadProgress {
 export interface LoaderOptions {
   /** Storage of matrices. Default: each as its file stores it. */
   dtype?: WeightDType | undefined
+  /** What the networks compute in. Default 'f32'; another type is the storage of matrices too, as matrix units want it. */
+  activations?: ActivationType | undefined
   /** Storage of the matrices that a network marks as quantizable. Default: like the others. */
   quantize?: 'int8' | 'int4' | undefined
   /** Bytes of everything that may be loaded, for `onProgress`. */
@@ -31,15 +33,17 @@ const BYTES_BETWEEN_PAUSES = 64 * 2 ** 20
 
 /**
  * Brings tensors of a checkpoint into the form that models compute with, and owns the results: `dispose` frees all of
- * them. Data goes from the mapped file to the device; none of it passes through JavaScript.
+ * them. Data goes from the mapped file to the device; only folded weights (`fold`) pass through JavaScript.
  */
 export class Loader {
   readonly device: Device
   readonly dtype: WeightDType | undefined
+  readonly activations: ActivationType
   readonly quantize: 'int8' | 'int4' | undefined
   readonly #options: LoaderOptions
   readonly #files = new Map<string, MappedFile>()
   readonly #owned: Tensor[] = []
+  #host: Device | undefined
   readonly #seen = new WeakSet<WeightEntry>()
   #loaded = 0
   #sinceLastPause = 0
@@ -47,6 +51,7 @@ export class Loader {
   constructor(device: Device, options: LoaderOptions = {}) {
     this.device = device
     this.dtype = options.dtype
+    this.activations = options.activations ?? 'f32'
     this.quantize = options.quantize
     this.#options = options
   }
@@ -58,6 +63,10 @@ export class Loader {
 
   /** The tensor in its file's own type, over the mapped file where alignment allows. Call it inside `build`. */
   tensor(entry: WeightEntry): Tensor {
+    return this.#open(entry, this.device)
+  }
+
+  #open(entry: WeightEntry, device: Device): Tensor {
     const { dtype, shape, strides } = entry
     let file = this.#files.get(entry.file)
     if (!file) {
@@ -69,7 +78,7 @@ export class Loader {
       this.#loaded += entry.byteLength
       this.#sinceLastPause += entry.byteLength
     }
-    if (!strides) return this.device.fromFile(file, entry.offset, shape, dtype)
+    if (!strides) return device.fromFile(file, entry.offset, shape, dtype)
 
     const stored = permutation(entry)
     if (!stored)
@@ -77,7 +86,7 @@ export class Loader {
         'CHECKPOINT_UNSUPPORTED',
         `expected a dense tensor for "${entry.name}" in ${entry.file} but found strides [${strides}] of shape [${shape}]`,
       )
-    return permute(this.device.fromFile(file, entry.offset, stored.shape, dtype), stored.dims)
+    return permute(device.fromFile(file, entry.offset, stored.shape, dtype), stored.dims)
   }
 
   /** What `body` returns, kept until `dispose`; everything else made in it is freed. */
@@ -92,15 +101,40 @@ export class Loader {
     return this.build(() => cast(this.tensor(entry), 'f32'))
   }
 
+  /** As an activation: position embeddings and other rows that are added or spliced in. */
+  activation(entry: WeightEntry): Tensor {
+    return this.build(() => cast(this.tensor(entry), this.activations))
+  }
+
+  /**
+   * A weight that is a product of others, computed in f32 on the CPU whatever the device is: `body` gets each factor as
+   * f32 there. The result is an ordinary f32 tensor of this loader's device, to be used inside `build`.
+   */
+  async fold(body: (f32: (entry: WeightEntry) => Tensor, host: Device) => Tensor): Promise<() => Tensor> {
+    const host = this.#cpu()
+    const folded = host.scope(() => body(entry => cast(this.#open(entry, host), 'f32'), host))
+    const { shape } = folded
+    const data = await folded.readF32()
+    folded.dispose()
+    return () => this.device.tensor(data, shape)
+  }
+
+  #cpu(): Device {
+    if (this.device.name === 'cpu') return this.device
+    this.#host ??= Device.open('cpu')
+    return this.#host
+  }
+
   /** Several vectors [N_i] as one f32 [ΣN_i]: the bias of a fused matrix. */
-  concat(entries: readonly WeightEntry[]): Tensor {
+  async concat(entries: readonly WeightEntry[]): Promise<Tensor> {
     if (entries.length === 1) return this.f32(entries[0]!)
-    return this.build(() => {
-      // Packing stacks rows, and `embedding` reads them back in order.
-      const columns = entries.map(entry => cast(this.tensor(entry), 'f32').reshape(-1, 1))
-      const stacked = packLinear(columns, { dtype: 'f32' }) // [ΣN_i, 1]
-      return embedding(stacked, iota(this.device, stacked.shape[0]!)).reshape(-1)
-    })
+    const stacked = await this.fold((f32, host) =>
+      stackRows(
+        host,
+        entries.map(entry => f32(entry).reshape(-1, 1)),
+      ).reshape(-1),
+    )
+    return this.build(stacked)
   }
 
   /** Matrices [N_i, K] stacked along N and packed for `linear`, in the storage type. */
@@ -128,6 +162,7 @@ export class Loader {
   /** The type that `entry` is to be stored in. */
   storage(entry: WeightEntry, quantizable = false): WeightDType | 'int8' | 'int4' {
     if (quantizable && this.quantize) return this.quantize
+    if (this.activations !== 'f32') return this.activations
     return this.dtype ?? entry.dtype
   }
 
@@ -144,7 +179,7 @@ export class Loader {
   /** Waits for everything, unmaps the files and reports the end. */
   async finish(): Promise<void> {
     await this.device.synchronize()
-    this.#unmap()
+    await this.#release()
     throwIfAborted(this.#options.signal)
     this.#report(this.#options.totalBytes ?? this.#loaded)
   }
@@ -154,14 +189,18 @@ export class Loader {
     this.#options.onProgress?.({ phase: 'load', loaded: Math.min(loaded, total), total })
   }
 
-  #unmap(): void {
+  /** Drops what only loading needs. */
+  async #release(): Promise<void> {
     for (const file of this.#files.values()) file.close()
     this.#files.clear()
+    const host = this.#host
+    this.#host = undefined
+    await host?.close()
   }
 
   /** Frees every tensor built here. Idempotent. */
   dispose(): void {
-    this.#unmap()
+    void this.#release()
     for (const tensor of this.#owned.splice(0)) tensor.dispose()
   }
 }
@@ -172,6 +211,13 @@ export function iota(device: Device, n: number): Tensor {
     Int32Array.from({ length: n }, (_, i) => i),
     [n],
   )
+}
+
+/** f32 matrices [N_i, K] of the CPU, one below the other: [ΣN_i, K]. */
+export function stackRows(host: Device, matrices: readonly Tensor[]): Tensor {
+  // Packing stacks rows, and `embedding` reads them back in order.
+  const packed = packLinear(matrices, { dtype: 'f32' })
+  return embedding(packed, iota(host, packed.shape[0]!))
 }
 
 /** The weights whose names begin with `prefix`, by the rest of their names; permuted ones too, which `Loader` puts right. */

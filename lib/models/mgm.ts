@@ -8,8 +8,8 @@ import {
   languageIgnored,
 } from '../checkpoint/weights.ts'
 import type { Device } from '../device.ts'
-import { expected } from '../errors.ts'
-import { spliceEmbeddings } from '../ops.ts'
+import { expected, MgmError } from '../errors.ts'
+import { type ActivationType, spliceEmbeddings } from '../ops.ts'
 import { IMAGE_TOKEN_INDEX } from '../processing/prompt.ts'
 import { scope, type Tensor } from '../tensor.ts'
 import { ClipVision } from './clip-vision.ts'
@@ -21,11 +21,11 @@ import { Projector } from './projector.ts'
 import { DualVisionEncoder } from './vision.ts'
 
 export interface LoadModelOptions {
-  /** Storage of weight matrices. Default: each as its file stores it. */
+  /** Storage of weight matrices. Default: each as its file stores it. On a GPU also what is computed in: bf16 or f16. */
   dtype?: WeightDType | undefined
   /** Quantizes the decoder's matrices on loading: all but routers and an embedding table that is not lm_head too. */
   quantize?: 'int8' | 'int4' | undefined
-  /** Storage of the KV cache. Default 'f32'. */
+  /** Storage of the KV cache. Default 'f32'; on a GPU always what is computed in. */
   kvDtype?: KvDType | undefined
   /** Length of the tokenizer, to which embeddings and lm_head are cut or grown. */
   vocabSize: number
@@ -64,7 +64,9 @@ export class MgmModel {
   /** Loads all parts; each tensor of the checkpoint is used or known to be needless. On failure everything is freed. */
   static async load(device: Device, checkpoint: Checkpoint, options: LoadModelOptions): Promise<MgmModel> {
     const { config } = checkpoint
-    const loader = new Loader(device, { ...options, totalBytes: checkpoint.totalBytes })
+    const activations = activationsOn(device.name, checkpoint, options.dtype)
+    const kvDtype = kvDtypeFor(activations, options.kvDtype)
+    const loader = new Loader(device, { ...options, activations, totalBytes: checkpoint.totalBytes })
     try {
       const vision = await loadVision(loader, checkpoint)
       const projector = await Projector.load(
@@ -78,7 +80,7 @@ export class MgmModel {
       const decoder = await Decoder.load(loader, checkpoint.language, config, options.vocabSize)
       checkpoint.language.finish(languageIgnored(config))
       await loader.finish()
-      return new MgmModel(loader, config, options.kvDtype ?? 'f32', { vision, projector, decoder })
+      return new MgmModel(loader, config, kvDtype, { vision, projector, decoder })
     } catch (error) {
       loader.dispose()
       throw error
@@ -191,6 +193,36 @@ export class MgmModel {
   dispose(): void {
     this.loader.dispose()
   }
+}
+
+/**
+ * What a model computes in: f32 on the CPU; on a GPU the `dtype` asked for, or the decoder's own where it is a half type,
+ * or bf16. Throws UNSUPPORTED for f32 on a GPU.
+ */
+export function activationsOn(
+  device: string,
+  checkpoint: Checkpoint,
+  dtype: WeightDType | undefined,
+): ActivationType {
+  if (device === 'cpu') return 'f32'
+  if (dtype === 'f32')
+    throw new MgmError(
+      'UNSUPPORTED',
+      `expected bf16 or f16 for dtype on ${device} but received f32: its matrix units multiply nothing wider`,
+    )
+  const stored = checkpoint.language.entries().find(({ shape }) => shape.length === 2)?.dtype
+  return dtype ?? (stored === 'f16' ? 'f16' : 'bf16')
+}
+
+/** Storage of keys and values beside such activations. Throws UNSUPPORTED where a GPU has no kernel for the mixture. */
+export function kvDtypeFor(activations: ActivationType, asked: KvDType | undefined): KvDType {
+  if (activations === 'f32') return asked ?? 'f32'
+  if (asked !== undefined && asked !== activations)
+    throw new MgmError(
+      'UNSUPPORTED',
+      `expected ${activations}, the type of the activations, for kvDtype on a GPU but received ${asked}`,
+    )
+  return activations
 }
 
 async function loadVision(loader: Loader, checkpoint: Checkpoint): Promise<DualVisionEncoder> {

@@ -1,12 +1,23 @@
 import { expected } from '../errors.ts'
-import { cast, layerNorm, linear, packLinear, patchMining, permute, scaleColumns } from '../ops.ts'
+import {
+  type ActivationType,
+  layerNorm,
+  linear,
+  packLinear,
+  patchMining,
+  permute,
+  scaleColumns,
+} from '../ops.ts'
 import { scope, type Tensor } from '../tensor.ts'
-import { type Loader, under, type Weights } from './loader.ts'
+import { type Loader, stackRows, under, type Weights } from './loader.ts'
 
 /** torch's default, which the reference's LayerNorms keep. */
 const EPS = 1e-5
-/** Keys are stored this much smaller, and scores scaled back, so that g stays finite where the reference's scores overflow. */
-const KEY_SCALE = 2 ** -64
+/**
+ * Keys are stored this much smaller, and scores scaled back, so that g stays finite where the reference's scores overflow.
+ * In f16, which has no room for it, scores overflow earlier than the f32 that g is in.
+ */
+const keyScale = (storage: ActivationType) => (storage === 'f16' ? 1 : 2 ** -64)
 
 /**
  * Patch info mining: each low-resolution token attends to the high-resolution positions of its own window (MGM paper,
@@ -25,9 +36,9 @@ export class PatchMining {
   readonly channels: number
   /** Channels of the four maps together. */
   readonly mapChannels: number
-  private readonly w: ReturnType<typeof loadWeights>
+  private readonly w: Awaited<ReturnType<typeof loadWeights>>
 
-  private constructor(channels: number, mapChannels: number, w: ReturnType<typeof loadWeights>) {
+  private constructor(channels: number, mapChannels: number, w: Awaited<ReturnType<typeof loadWeights>>) {
     this.channels = channels
     this.mapChannels = mapChannels
     this.w = w
@@ -39,9 +50,9 @@ export class PatchMining {
     channels: number,
     mapChannels: number,
   ): Promise<PatchMining> {
-    const mining = new PatchMining(channels, mapChannels, loadWeights(loader, weights, channels, mapChannels))
+    const w = await loadWeights(loader, weights, channels, mapChannels)
     await loader.pause()
-    return mining
+    return new PatchMining(channels, mapChannels, w)
   }
 
   /**
@@ -61,11 +72,11 @@ export class PatchMining {
       const { w } = this
       const normed = layerNorm(query, w.query_norm.weight, w.query_norm.bias, { eps: EPS })
       const q = linear(normed, w.query, { bias: w.query_bias }) // [B·grid², C]
-      const g = linear(q, w.key) // [B·grid², ΣC_s + 1]
+      const g = linear(q, w.key, { out: 'f32' }) // [B·grid², ΣC_s + 1]
       const z = patchMining(g, stages, {
         grid,
         downscale,
-        scale: 1 / Math.sqrt(this.channels) / KEY_SCALE,
+        scale: 1 / Math.sqrt(this.channels) / w.key_scale,
         eps: EPS,
       })
       return linear(z, w.value, { bias: w.value_bias, residual }) // [B·grid², C]
@@ -73,7 +84,7 @@ export class PatchMining {
   }
 }
 
-function loadWeights(loader: Loader, weights: Weights, c: number, mapC: number) {
+async function loadWeights(loader: Loader, weights: Weights, c: number, mapC: number) {
   const part = (name: string, input: number) => {
     const [norm, dense] = [under(weights, `${name}.0.`), under(weights, `${name}.1.`)]
     return {
@@ -86,31 +97,32 @@ function loadWeights(loader: Loader, weights: Weights, c: number, mapC: number) 
   const query = part('vlm_uni_query_projector', c)
   const aux = part('vlm_uni_aux_projector', mapC)
   const val = part('vlm_uni_val_projector', mapC)
-  const f32 = (entry: typeof aux.weight) => cast(loader.tensor(entry), 'f32')
+  // Products with γ need more bits than the factors have: what is stored beside f32 activations stays f32.
+  const storage = loader.activations
+  const scale = keyScale(storage)
+  const packed = (matrix: () => Tensor) => loader.build(() => packLinear(matrix(), { dtype: storage }))
+
+  /** W β + b [1, C] */
+  const constant = ({ beta, weight, bias }: typeof aux, f32: (entry: typeof beta) => Tensor) =>
+    linear(f32(beta).reshape(1, mapC), packLinear(f32(weight), { dtype: 'f32' }), { bias: f32(bias) })
+  const key = await loader.fold((f32, host) => {
+    const small = (n: number) => host.tensor(new Float32Array(n).fill(scale), [n])
+    const gamma = scaleColumns(f32(aux.gamma).reshape(1, mapC), small(mapC)).reshape(mapC)
+    const matrix = permute(scaleColumns(f32(aux.weight), gamma), [1, 0])
+    return stackRows(host, [matrix, scaleColumns(constant(aux, f32), small(c))])
+  })
+  const value = await loader.fold(f32 => scaleColumns(f32(val.weight), f32(val.gamma)))
+  const valueBias = await loader.fold(f32 => constant(val, f32).reshape(c))
   return {
     query_norm: { weight: loader.f32(query.gamma), bias: loader.f32(query.beta) },
     query: loader.linear(query.weight),
     query_bias: loader.f32(query.bias),
-    // Products with γ need more bits than the factors have, so these two stay f32 whatever the storage type is.
-    /** [(W_k diag γ_k)ᵀ; (W_k β_k + b_k)ᵀ] · KEY_SCALE, packed [ΣC_s + 1, C]. */
-    key: loader.build(() => {
-      const small = (n: number) => loader.device.tensor(new Float32Array(n).fill(KEY_SCALE), [n])
-      const gamma = scaleColumns(f32(aux.gamma).reshape(1, mapC), small(mapC)).reshape(mapC)
-      const constant = linear(f32(aux.beta).reshape(1, mapC), packLinear(f32(aux.weight), { dtype: 'f32' }), {
-        bias: f32(aux.bias),
-      })
-      return packLinear(
-        [permute(scaleColumns(f32(aux.weight), gamma), [1, 0]), scaleColumns(constant, small(c))],
-        { dtype: 'f32' },
-      )
-    }),
+    /** [(W_k diag γ_k)ᵀ; (W_k β_k + b_k)ᵀ] · key_scale, packed [ΣC_s + 1, C]. */
+    key: packed(key),
+    key_scale: scale,
     /** W_v diag γ_v, packed [C, ΣC_s]. */
-    value: loader.build(() => packLinear(scaleColumns(f32(val.weight), f32(val.gamma)), { dtype: 'f32' })),
+    value: packed(value),
     /** W_v β_v + b_v. */
-    value_bias: loader.build(() =>
-      linear(f32(val.beta).reshape(1, mapC), packLinear(f32(val.weight), { dtype: 'f32' }), {
-        bias: f32(val.bias),
-      }).reshape(c),
-    ),
+    value_bias: loader.build(valueBias),
   }
 }

@@ -1,5 +1,5 @@
 import { expected, MgmError } from '../errors.ts'
-import { permute, resizeBilinear, spliceEmbeddings } from '../ops.ts'
+import { cast, permute, resizeBilinear, spliceEmbeddings } from '../ops.ts'
 import { scope, type Tensor } from '../tensor.ts'
 import type { ClipVision } from './clip-vision.ts'
 import type { ConvNext } from './convnext.ts'
@@ -68,16 +68,22 @@ export class DualVisionEncoder {
     if (pixels.rank !== 4 || pixels.shape[1] !== size || pixels.shape[2] !== size || pixels.shape[3] !== 3)
       throw expected(`a tensor of shape [B, ${size}, ${size}, 3]`, 'pixels', `one of [${pixels.shape}]`)
     return scope(() => {
-      const stages = scope(() => this.convnext.forward(pixels, observe)) // [B, S/4, S/4, c_0] …
+      const stages = scope(() => this.convnext.forward(this.activations(pixels), observe)) // [B, S/4, S/4, c_0] …
       return crops === 1 ? this.plain(pixels, stages, observe) : this.cropped(pixels, stages, observe)
     })
+  }
+
+  /** Pixels are resized in f32 and rounded once. */
+  private activations(pixels: Tensor): Tensor {
+    const { activations } = this.loader
+    return pixels.dtype === activations ? pixels : cast(pixels, activations)
   }
 
   private plain(pixels: Tensor, stages: Tensor[], observe?: Observe): Tensor {
     const side = this.clip.config.image_size
     const images = resizeBilinear(pixels, side, side)
     observe?.('images', images)
-    const clipFeat = this.clip.forward(images) // [B·N, C]
+    const clipFeat = this.clip.forward(this.activations(images)) // [B·N, C]
     observe?.('clip_feat', clipFeat)
     if (observe) observe('embed_feat', this.mining.forward(clipFeat, stages, { grid: this.clip.grid }))
     const mined = this.mining.forward(clipFeat, stages, { grid: this.clip.grid, residual: clipFeat })
@@ -96,7 +102,7 @@ export class DualVisionEncoder {
     const large = resizeBilinear(pixels, side * crops, side * crops)
     const images = toCrops(large, batch, crops, side).reshape(-1, side, side, 3)
     observe?.('images', images)
-    const clipFeat = this.clip.forward(images) // [B·crops²·N, C]
+    const clipFeat = this.clip.forward(this.activations(images)) // [B·crops²·N, C]
     observe?.('clip_feat', clipFeat)
     const raster = fromCrops(clipFeat, batch, crops, grid)
     const whole = { grid: crops * grid }
@@ -112,7 +118,7 @@ export class DualVisionEncoder {
     // The global view is made from the enlarged tensor, not from the pixels.
     const small = resizeBilinear(large, side, side)
     observe?.('images_global', small)
-    const globalFeat = this.clip.forward(small) // [B·N, C]
+    const globalFeat = this.clip.forward(this.activations(small)) // [B·N, C]
     observe?.('clip_feat_global', globalFeat)
     const scaled = { grid, downscale: crops }
     if (observe) observe('embed_feat_global', this.mining.forward(globalFeat, stages, scaled))

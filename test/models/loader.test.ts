@@ -66,7 +66,7 @@ describe('Loader', () => {
 
   test('joins biases, and stacks matrices to match', async () => {
     const loader = new Loader(device)
-    const bias = loader.concat([entry('a', 0, [2]), entry('b', 7, [1]), entry('c', 20, [3])])
+    const bias = await loader.concat([entry('a', 0, [2]), entry('b', 7, [1]), entry('c', 20, [3])])
     const expected = [0, 1, 7, 20, 21, 22].map(i => numbers[i]!)
     expect(Array.from(await bias.readF32())).toEqual(expected)
 
