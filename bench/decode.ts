@@ -53,7 +53,7 @@ class Session {
     this.loader = loader
     this.decoder = decoder
     this.pages = Math.ceil(capacity / PAGE)
-    this.cache = new KvCache(loader.device, decoder.config, this.pages, PAGE, 'f32')
+    this.cache = new KvCache(decoder.devices, decoder.config, this.pages, PAGE, 'f32')
   }
 
   /** Runs `ids` after what came before and returns the likeliest next id. */

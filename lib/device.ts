@@ -1,6 +1,12 @@
 import { availableParallelism } from 'node:os'
 import { expected, MgmError } from './errors.ts'
-import { type NativeDevice, type NativeGraph, type NativeMappedFile, native } from './native.ts'
+import {
+  type NativeDevice,
+  type NativeGraph,
+  type NativeMappedFile,
+  type NativeMemory,
+  native,
+} from './native.ts'
 import { type DType, scope, Tensor, type TensorData } from './tensor.ts'
 
 export interface DeviceOptions {
@@ -132,7 +138,7 @@ export class Device {
     await this.#native.synchronize()
   }
 
-  memory(): { used: number; reserved: number; peak: number; limit: number } {
+  memory(): NativeMemory {
     return this.#native.memory()
   }
 

@@ -5,12 +5,13 @@ import { type Checkpoint, openCheckpoint, readMgmConfig } from './checkpoint/wei
 import { Device } from './device.ts'
 import type { Answer } from './engine/answer.ts'
 import { Engine, type EngineMetrics, type EngineRequest } from './engine/engine.ts'
-import { availableMemory, planPages, weightBytes } from './engine/memory.ts'
+import { availableMemory, placeLayers, planPages, weightBytes } from './engine/memory.ts'
 import { PictureReader } from './engine/pictures.ts'
 import { randomSeed } from './engine/sampler.ts'
 import { expected, MgmError, throwIfAborted } from './errors.ts'
 import { KvCache } from './models/decoder.ts'
-import { MgmModel } from './models/mgm.ts'
+import { activationsOn, kvDtypeFor, MgmModel } from './models/mgm.ts'
+import { native } from './native.ts'
 import { type ConversationName, conversationFor } from './processing/conversation.ts'
 import { type ImageInput, ImageProcessor } from './processing/image.ts'
 import { buildPrompt, type Message, tokenizePrompt } from './processing/prompt.ts'
@@ -68,12 +69,12 @@ const TOWERS_ON_HUB: Record<string, string> = {
 
 /** A Mini-Gemini model, loaded. All requests share it; every method may be called at any time, also concurrently. */
 export class MiniGemini {
-  /** The device it runs on: `'cpu'`. */
+  /** The device it runs on: `'cpu'`, `'cuda:0'`; several separated by commas. */
   readonly device: string
   /** What the library decided where options left it a choice. */
   readonly notes: readonly string[]
   readonly info: ModelInfo
-  readonly #device: Device
+  readonly #devices: readonly Device[]
   readonly #model: MgmModel
   readonly #tokenizer: Tokenizer
   readonly #engine: Engine
@@ -81,7 +82,7 @@ export class MiniGemini {
   #closing: Promise<void> | undefined
 
   private constructor(parts: {
-    device: Device
+    devices: readonly Device[]
     notes: readonly string[]
     info: ModelInfo
     model: MgmModel
@@ -89,10 +90,10 @@ export class MiniGemini {
     engine: Engine
     pictures: PictureReader
   }) {
-    this.device = parts.device.name
+    this.device = parts.devices.map(device => device.name).join(', ')
     this.notes = parts.notes
     this.info = parts.info
-    this.#device = parts.device
+    this.#devices = parts.devices
     this.#model = parts.model
     this.#tokenizer = parts.tokenizer
     this.#engine = parts.engine
@@ -129,31 +130,50 @@ export class MiniGemini {
     const maxSequences = checked.maxSequences ?? 8
     const tokenBudget = Math.max(checked.tokenBudget ?? DEFAULT_TOKEN_BUDGET, maxSequences + 1)
     const visionBatch = visionBatchFor(config.image_size_aux)
-    const kvDtype = checked.kvDtype ?? 'f32'
     const maxContext = Math.min(
       config.tokenizer_model_max_length,
       config.max_position_embeddings,
       config.sliding_window ?? Number.POSITIVE_INFINITY,
     )
-    const pages = planPages({
-      weights: weightBytes(opened, checked),
-      work: workBytes(config, { tokenBudget, maxSequences, visionBatch, vocabSize: tokenizer.size }),
-      bytesPerPage: KvCache.bytesPerPage(config, PAGE_SIZE, kvDtype),
-      pageSize: PAGE_SIZE,
-      pagesPerSequence: Math.ceil(maxContext / PAGE_SIZE),
-      maxSequences,
-      kvMemory: checked.kvMemory,
-      available: Math.min(availableMemory(), checked.memoryLimit ?? Number.POSITIVE_INFINITY),
-    })
-
     const notes: string[] = []
-    const device = openDevice(checked, notes)
+    const devices = openDevices(checked, notes)
+    const device = devices[0]!
     let model: MgmModel | undefined
     try {
+      const activations = activationsOn(device.name, opened, checked.dtype)
+      const kvDtype = kvDtypeFor(activations, checked.kvDtype)
+      const onCpu = activations === 'f32'
+      const weights = weightBytes(opened, {
+        dtype: onCpu ? checked.dtype : activations,
+        quantize: checked.quantize,
+      })
+      const sizes = { tokenBudget, maxSequences, visionBatch, vocabSize: tokenizer.size }
+      const work = workBytes(config, sizes, onCpu ? 4 : 2)
+      const available = devices.map(one =>
+        Math.min(one.memory().available, onCpu ? availableMemory() : Number.POSITIVE_INFINITY),
+      )
+      const bytesPerPage = KvCache.bytesPerPage(config, PAGE_SIZE, kvDtype)
+      const pages = planPages({
+        weights: weights.total,
+        work: work * devices.length,
+        bytesPerPage,
+        pageSize: PAGE_SIZE,
+        pagesPerSequence: Math.ceil(maxContext / PAGE_SIZE),
+        maxSequences,
+        kvMemory: checked.kvMemory,
+        available: available.reduce((a, b) => a + b, 0),
+      })
+      const cacheOfLayer = (pages * bytesPerPage) / config.num_hidden_layers
+      const placed = placeLayers({
+        layers: weights.layers.map(bytes => bytes + cacheOfLayer),
+        rest: weights.total - weights.layers.reduce((a, b) => a + b, 0),
+        available: available.map(bytes => bytes - work),
+      })
       model = await MgmModel.load(device, opened, {
         dtype: checked.dtype,
         quantize: checked.quantize,
         kvDtype,
+        layerDevices: placed.map(index => devices[index]!),
         vocabSize: tokenizer.size,
         onProgress: checked.onProgress,
         signal,
@@ -167,6 +187,7 @@ export class MiniGemini {
         maxQueue: checked.maxQueue ?? 256,
         visionBatch,
         visionCacheBytes: checked.visionCacheBytes ?? 256 * MIB,
+        decodeGraphs: (checked.decodeGraphs ?? true) && !onCpu && devices.length === 1,
       })
       const processor = new ImageProcessor({
         size: config.image_size_aux,
@@ -175,7 +196,7 @@ export class MiniGemini {
         pad: config.image_aspect_ratio === 'pad',
       })
       return new MiniGemini({
-        device,
+        devices,
         notes,
         info: {
           checkpoint: opened.folder,
@@ -194,7 +215,7 @@ export class MiniGemini {
       })
     } catch (error) {
       model?.dispose()
-      await device.close()
+      for (const one of devices) await one.close()
       throw error
     }
   }
@@ -284,7 +305,9 @@ export class MiniGemini {
 
   /** Requests, caches and counts as they are now. */
   get metrics(): EngineMetrics & { readonly memory: { readonly used: number; readonly peak: number } } {
-    const { used, peak } = this.#device.memory()
+    const memory = this.#devices.map(device => device.memory())
+    const used = memory.reduce((sum, one) => sum + one.used, 0)
+    const peak = memory.reduce((sum, one) => sum + one.peak, 0)
     return { ...this.#engine.metrics, memory: { used, peak } }
   }
 
@@ -301,7 +324,7 @@ export class MiniGemini {
   async #close(): Promise<void> {
     await this.#engine.close()
     this.#model.dispose()
-    await this.#device.close()
+    for (const device of this.#devices) await device.close()
   }
 
   async #settle(request: ChatRequest, signal: AbortSignal | undefined): Promise<BatchResult> {
@@ -405,20 +428,36 @@ async function openFiles(checkpoint: string, options: LoadOptions): Promise<Chec
   })
 }
 
-/** Opens the asked device; with 'auto' the CPU stands in for a GPU that cannot be used, and a note says why. */
-function openDevice(options: LoadOptions, notes: string[]): Device {
-  const { device = 'auto', threads, memoryLimit } = options
+/**
+ * Opens the asked device, with `deviceMap: 'auto'` the other GPUs behind it. With 'auto' the CPU stands in for a GPU that
+ * cannot be used, and a note says why.
+ */
+function openDevices(options: LoadOptions, notes: string[]): Device[] {
+  const { device = 'auto', threads, memoryLimit, deviceMap } = options
   const settings = {
     ...(threads !== undefined && { threads }),
     ...(memoryLimit !== undefined && { memoryLimit }),
   }
-  if (device !== 'auto') return Device.open(device, settings)
+  if (deviceMap && device === 'cpu')
+    throw expected("'auto', 'cuda' or 'cuda:N'", 'device with deviceMap', device)
+  let first: Device
   try {
-    return Device.open('cuda', settings)
+    first = Device.open(device === 'auto' ? 'cuda' : device, settings)
   } catch (error) {
-    if (!(error instanceof MgmError) || error.code !== 'DEVICE_UNAVAILABLE') throw error
+    if (device !== 'auto' || !(error instanceof MgmError) || error.code !== 'DEVICE_UNAVAILABLE') throw error
     notes.push(`running on the CPU: ${error.message}`)
-    return Device.open('cpu', settings)
+    return [Device.open('cpu', settings)]
+  }
+  const devices = [first]
+  if (!deviceMap) return devices
+  try {
+    const own = Number(/\d+$/.exec(first.name)?.[0] ?? 0)
+    for (const index of native().cudaSurvey().devices.keys())
+      if (index !== own) devices.push(Device.open(`cuda:${index}`, settings))
+    return devices
+  } catch (error) {
+    for (const one of devices) void one.close()
+    throw error
   }
 }
 
@@ -431,12 +470,15 @@ function visionBatchFor(imageSize: number): number {
 function workBytes(
   config: Checkpoint['config'],
   sizes: { tokenBudget: number; maxSequences: number; visionBatch: number; vocabSize: number },
+  bytesPerActivation: number,
 ): number {
   // ConvNeXt's first stage: a quarter-size map with its input, norm and four-fold inner layer; and the pixels.
   const map = (config.image_size_aux / 4) ** 2
   const channels = Math.ceil(config.mm_hidden_size_aux / 15)
-  const vision = sizes.visionBatch * (map * channels * 7 + config.image_size_aux ** 2 * 3) * 4
-  const text = sizes.tokenBudget * (6 * config.hidden_size + 2 * config.intermediate_size) * 4
+  const vision =
+    sizes.visionBatch * (map * channels * 7 + config.image_size_aux ** 2 * 3) * bytesPerActivation
+  const text =
+    sizes.tokenBudget * (6 * config.hidden_size + 2 * config.intermediate_size) * bytesPerActivation
   const logits = 2 * sizes.maxSequences * sizes.vocabSize * 4
   return vision + text + logits
 }

@@ -29,6 +29,19 @@ export interface NativeGraph {
   dispose(): void
 }
 
+/** Bytes. */
+export interface NativeMemory {
+  /** Handed out to tensors, and the most that ever was. */
+  used: number
+  peak: number
+  /** Held by the pool beyond that. */
+  reserved: number
+  /** 0: none. */
+  limit: number
+  /** What tensors may still get: on a GPU its free memory within the limit, on the CPU what the limit leaves. */
+  available: number
+}
+
 export interface NativeDevice {
   readonly threads: number
   readonly isa: string
@@ -38,8 +51,7 @@ export interface NativeDevice {
   endCapture(): NativeGraph
   abortCapture(): void
   synchronize(): Promise<void>
-  /** Bytes: handed out, held by the pool, most ever handed out, the limit (0: none). */
-  memory(): { used: number; reserved: number; peak: number; limit: number }
+  memory(): NativeMemory
   trim(): void
   close(): Promise<void>
 }

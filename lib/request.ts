@@ -157,7 +157,8 @@ export type ProgressEvent =
 
 const loadOptions = object({
   device: string().optional(),
-  deviceMap: z.unknown().optional(),
+  deviceMap: z.literal('auto', words("'auto'")).optional(),
+  decodeGraphs: boolean.optional(),
   diffusion: z.unknown().optional(),
   dtype: oneOf(['f32', 'bf16', 'f16']).optional(),
   quantize: oneOf(['int8', 'int4']).optional(),
@@ -183,15 +184,20 @@ const loadOptions = object({
 export interface LoadOptions {
   /** `'cpu'`, `'cuda'`, `'cuda:N'`, or `'auto'` (default): the GPU if there is a usable one, else the CPU. */
   device?: string | undefined
-  /** Several devices: not in this version. */
-  deviceMap?: unknown
+  /** `'auto'`: spreads the decoder's layers over all GPUs by their free memory; `device` names the one that does the rest. */
+  deviceMap?: 'auto' | undefined
+  /** Whether decode steps on a GPU are recorded as graphs and replayed. Default true; never over several GPUs. */
+  decodeGraphs?: boolean | undefined
   /** The image generator: not in this version. */
   diffusion?: unknown
-  /** Storage of weight matrices. Default: as the checkpoint stores them. */
+  /**
+   * Storage of weight matrices. Default: as the checkpoint stores them. On a GPU bf16 or f16, which is also what it
+   * computes in; default the decoder's own, or bf16.
+   */
   dtype?: 'f32' | 'bf16' | 'f16' | undefined
   /** Quantizes the language model's matrices on loading, in blocks of 32. */
   quantize?: 'int8' | 'int4' | undefined
-  /** Storage of the KV cache. Default 'f32'. */
+  /** Storage of the KV cache. Default 'f32'; on a GPU always as `dtype`. */
   kvDtype?: 'f32' | 'bf16' | 'f16' | undefined
   /** Folder or hub id of the CLIP tower. Default: where the checkpoint's config says. */
   visionTower?: string | undefined
@@ -229,12 +235,11 @@ export function parseChatRequest(value: unknown): ChatRequest {
 /** Checks load options. Throws INVALID_ARGUMENT, or UNSUPPORTED for what this version does not do. */
 export function parseLoadOptions(value: unknown): LoadOptions {
   const options = parse(loadOptions, value, 'options')
-  for (const [key, what] of [
-    ['deviceMap', 'spreading a model over devices'],
-    ['diffusion', 'image generation'],
-  ] as const)
-    if (options[key] !== undefined)
-      throw new MgmError('UNSUPPORTED', `${what} is not in this version: expected no ${key} in options`)
+  if (options.diffusion !== undefined)
+    throw new MgmError(
+      'UNSUPPORTED',
+      'image generation is not in this version: expected no diffusion in options',
+    )
   return options
 }
 

@@ -126,6 +126,7 @@ struct AttentionArgs {
 
 // Causal attention of the newest queries of each sequence over its KV pages (decode and chunked prefill).
 // Query j of the n of sequence b has position context_lens[b] - n + j and sees all positions up to its own.
+// Queries behind cu_q[B] belong to no sequence and give zeros: a recorded step is padded with them.
 struct PagedAttentionArgs {
   View q;                 // A [T, H, D], rows may be strided
   View k_pages, v_pages;  // [pages, KV, page_size, D] f32, bf16 or f16; on CUDA A

@@ -35,6 +35,8 @@ export interface EngineOptions {
   visionBatch: number
   /** Most bytes of embeddings kept for pictures that may come again. */
   visionCacheBytes: number
+  /** Whether decode steps are recorded once and replayed. Default false. */
+  decodeGraphs?: boolean
 }
 
 /** A request as the engine takes it: everything checked, the prompt tokenized. */
@@ -150,7 +152,12 @@ export class Engine {
       onWork: () => this.#wake(),
     })
     this.#cache = model.newCache(options.pages, options.pageSize)
-    this.#runner = new ModelRunner(device, model, this.#cache)
+    this.#runner = new ModelRunner(
+      device,
+      model,
+      this.#cache,
+      options.decodeGraphs ? model.maxContext : undefined,
+    )
   }
 
   /** Answers a request. A failure or abort of one request leaves the others as they are. */
@@ -197,6 +204,7 @@ export class Engine {
     await Promise.allSettled(answers)
     await this.#loop
     this.#vision.dispose()
+    this.#runner.dispose()
     this.#cache.dispose()
   }
 

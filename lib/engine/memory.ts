@@ -47,6 +47,12 @@ function readText(path: string): string | undefined {
 
 const BITS = { f32: 32, bf16: 16, f16: 16, int8: 8.5, int4: 5 } as const
 
+export interface WeightBytes {
+  total: number
+  /** Of each layer of the decoder. */
+  layers: number[]
+}
+
 /** Bytes of the weights in the device's form, by the same rules as `MgmModel.load`. */
 export function weightBytes(
   checkpoint: Checkpoint,
@@ -54,7 +60,7 @@ export function weightBytes(
     dtype?: 'f32' | 'bf16' | 'f16' | undefined
     quantize?: 'int8' | 'int4' | undefined
   },
-): number {
+): WeightBytes {
   const { config, clipConfig } = checkpoint
   const parts = [
     {
@@ -70,17 +76,55 @@ export function weightBytes(
     { map: checkpoint.mining, ignored: [] },
     { map: checkpoint.projector, ignored: [] },
   ]
-  let bytes = 0
+  let total = 0
+  const layers = Array<number>(config.num_hidden_layers).fill(0)
   for (const { map, ignored, quantize } of parts) {
     for (const { name, dtype, shape } of map.entries()) {
       if (ignored.some(pattern => pattern.test(name))) continue
       const size = shape.reduce((a, b) => a * b, 1)
       const stored = dtype === 'bf16' || dtype === 'f16' ? dtype : 'f32'
       const type = shape.length < 2 ? 'f32' : (quantize ?? options.dtype ?? stored)
-      bytes += (size * BITS[type]) / 8
+      const bytes = (size * BITS[type]) / 8
+      total += bytes
+      const layer = map === checkpoint.language ? /^model\.layers\.(\d+)\./.exec(name)?.[1] : undefined
+      if (layer !== undefined && Number(layer) < layers.length) layers[Number(layer)]! += bytes
     }
   }
-  return bytes
+  return { total, layers }
+}
+
+/**
+ * Which device each layer of the decoder goes to: in order, shares of all bytes by what is free on each. The first
+ * device has the rest of the model too. Throws OUT_OF_MEMORY where a device would be overfull.
+ */
+export function placeLayers(plan: {
+  /** Bytes of each layer, its part of the KV cache included. */
+  layers: readonly number[]
+  /** Bytes of everything else. */
+  rest: number
+  /** Bytes that each device has for them. */
+  available: readonly number[]
+}): number[] {
+  const { layers, rest, available } = plan
+  const sum = (numbers: readonly number[]) => numbers.reduce((a, b) => a + b, 0)
+  const share = (rest + sum(layers)) / sum(available)
+  const used = available.map(() => 0)
+  used[0] = rest
+  let device = 0
+  const placed = layers.map(bytes => {
+    // Over its share by more than half a layer: the next one's turn.
+    while (device + 1 < available.length && used[device]! + bytes / 2 > share * available[device]!) device++
+    used[device]! += bytes
+    return device
+  })
+  const overfull = used.findIndex((bytes, i) => bytes > available[i]!)
+  if (overfull >= 0)
+    throw new MgmError(
+      'OUT_OF_MEMORY',
+      `the model's part for GPU ${overfull} of ${available.length} needs ${formatBytes(used[overfull]!)} but ` +
+        `${formatBytes(available[overfull]!)} are available there; use quantize: 'int8' or 'int4', or less kvMemory, or free memory`,
+    )
+  return placed
 }
 
 export interface MemoryPlan {

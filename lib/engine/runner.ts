@@ -2,6 +2,7 @@ import type { Device } from '../device.ts'
 import type { DecoderBatch, KvCache } from '../models/decoder.ts'
 import { spliceEmbeddings } from '../ops.ts'
 import type { Tensor } from '../tensor.ts'
+import { DecodeGraphs } from './decode-graph.ts'
 import { type Drawn, readSampled, type SampledTensors, type Sampling, sampleRows } from './sampler.ts'
 import type { StepItem } from './scheduler.ts'
 import type { Sequence } from './sequence.ts'
@@ -27,16 +28,20 @@ export class ModelRunner {
   readonly #device: Device
   readonly #model: RunnerModel
   readonly #cache: KvCache
+  readonly #graphs: DecodeGraphs | undefined
 
-  constructor(device: Device, model: RunnerModel, cache: KvCache) {
+  /** `maxContext` given: decode steps are recorded and replayed, for sequences up to that length. */
+  constructor(device: Device, model: RunnerModel, cache: KvCache, maxContext?: number) {
     this.#device = device
     this.#model = model
     this.#cache = cache
+    if (maxContext !== undefined) this.#graphs = new DecodeGraphs(device, model, cache, maxContext)
   }
 
   /** Computes the items; resolves to the id drawn for each, undefined for those that draw none. */
   async run(items: readonly StepItem<RunnableSequence>[]): Promise<(Drawn | undefined)[]> {
     const drawing = items.filter(item => item.samples).map(item => item.sequence)
+    if (this.#graphs && DecodeGraphs.covers(items)) return readSampled(this.#graphs.run(items), drawing)
     const sampled = this.#device.scope(() => this.#enqueue(items, drawing))
     if (!sampled) {
       await this.#device.synchronize()
@@ -51,6 +56,10 @@ export class ModelRunner {
       sampled.logprobs.dispose()
       sampled.topIds?.dispose()
     }
+  }
+
+  dispose(): void {
+    this.#graphs?.dispose()
   }
 
   #enqueue(

@@ -62,16 +62,24 @@ export interface SampledTensors {
   topIds: Tensor | undefined
 }
 
-/** Enqueues the draw of one id a row. logits f32 [rows, V]. */
-export function sampleRows(device: Device, logits: Tensor, rows: readonly SamplingRow[]): SampledTensors {
-  const options = new Float32Array(rows.length * 6)
-  const state = new Int32Array(rows.length * 5)
-  const topLogprobs = Math.min(logits.shape[1]!, Math.max(...rows.map(row => row.sampling.logprobs ?? 0)))
+/** What `ops.sample` takes, on the host: options [rows, 6], state [rows, 5], history [rows, width]. */
+export interface PackedSampling {
+  options: Float32Array
+  state: Int32Array
+  history: Int32Array
+  width: number
+}
+
+/** The rows' settings as `ops.sample` takes them; rows beyond them, up to `count`, are greedy. */
+export function packSampling(rows: readonly SamplingRow[], count = rows.length): PackedSampling {
+  const options = new Float32Array(count * 6)
+  const state = new Int32Array(count * 5)
   const hasPenalty = rows.map(({ sampling }) => usesHistory(sampling))
   const width = Math.max(0, ...rows.map((row, r) => (hasPenalty[r] ? row.tokens.length : 0)))
-  const history = new Int32Array(rows.length * width)
+  const history = new Int32Array(count * width)
 
-  rows.forEach(({ sampling, tokens }, r) => {
+  for (let r = 0; r < count; r++) {
+    const { sampling, tokens } = rows[r] ?? { sampling: greedy, tokens: [] }
     options.set(
       [
         sampling.temperature,
@@ -96,12 +104,18 @@ export function sampleRows(device: Device, logits: Tensor, rows: readonly Sampli
       r * 5,
     )
     if (historyLength > 0) history.set(tokens, r * width)
-  })
+  }
+  return { options, state, history, width }
+}
+
+/** Enqueues the draw of one id a row. logits f32 [rows, V]. */
+export function sampleRows(device: Device, logits: Tensor, rows: readonly SamplingRow[]): SampledTensors {
+  const { options, state, history, width } = packSampling(rows)
   return ops.sample(logits, {
     options: device.tensor(options, [rows.length, 6]),
     state: device.tensor(state, [rows.length, 5]),
     history: width > 0 ? device.tensor(history, [rows.length, width]) : undefined,
-    topLogprobs,
+    topLogprobs: Math.min(logits.shape[1]!, Math.max(...rows.map(row => row.sampling.logprobs ?? 0))),
   })
 }
 
@@ -127,6 +141,7 @@ export async function readSampled(sampled: SampledTensors, rows: readonly Sampli
   })
 }
 
-function usesHistory({ repetitionPenalty, presencePenalty, frequencyPenalty }: Sampling): boolean {
+/** Whether the draw depends on the ids before it. */
+export function usesHistory({ repetitionPenalty, presencePenalty, frequencyPenalty }: Sampling): boolean {
   return repetitionPenalty !== 1 || presencePenalty !== 0 || frequencyPenalty !== 0
 }

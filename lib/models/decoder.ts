@@ -1,5 +1,5 @@
 import type { MgmConfig } from '../checkpoint/config.ts'
-import type { Device } from '../device.ts'
+import { copyTo, type Device } from '../device.ts'
 import { expected, MgmError } from '../errors.ts'
 import {
   type Activation,
@@ -44,8 +44,14 @@ export class KvCache {
   readonly pageSize: number
   readonly layers: readonly { kPages: Tensor; vPages: Tensor }[]
 
-  /** `pages` pages of `pageSize` positions; contents are undefined until written. */
-  constructor(device: Device, config: DecoderConfig, pages: number, pageSize: number, dtype: KvDType) {
+  /** `pages` pages of `pageSize` positions, each layer's on its device; contents are undefined until written. */
+  constructor(
+    devices: readonly Device[],
+    config: DecoderConfig,
+    pages: number,
+    pageSize: number,
+    dtype: KvDType,
+  ) {
     if (!Number.isInteger(pages) || pages < 1) throw expected('a positive integer', 'pages', pages)
     if (!Number.isInteger(pageSize) || pageSize < 1)
       throw expected('a positive integer', 'pageSize', pageSize)
@@ -54,7 +60,7 @@ export class KvCache {
     const shape = [pages, config.num_key_value_heads, pageSize, config.head_dim]
     const layers: { kPages: Tensor; vPages: Tensor }[] = []
     try {
-      for (let i = 0; i < config.num_hidden_layers; i++) {
+      for (const [i, device] of devices.entries()) {
         const kPages = device.empty(shape, dtype)
         layers.push({ kPages, vPages: kPages }) // so that kPages is freed if vPages cannot be had
         layers[i] = { kPages, vPages: device.empty(shape, dtype) }
@@ -153,6 +159,8 @@ class MixtureMlp {
 }
 
 class DecoderLayer {
+  readonly device: Device
+  private readonly invFreq: Tensor
   private readonly norm: { eps: number; weightOffset: number }
   private readonly inputNorm: Tensor
   private readonly qkv: Tensor
@@ -164,6 +172,8 @@ class DecoderLayer {
     const { hidden_size: hidden, head_dim, num_attention_heads, num_key_value_heads } = config
     const [q, kv] = [num_attention_heads * head_dim, num_key_value_heads * head_dim]
     const attention = under(weights, 'self_attn.')
+    this.device = loader.device
+    this.invFreq = inverseFrequencies(loader, config)
     this.norm = normOptions(config)
     this.inputNorm = loader.f32(weights.take('input_layernorm.weight', [hidden]))
     this.qkv = loader.linear(
@@ -183,12 +193,8 @@ class DecoderLayer {
   }
 
   /** x [T, hidden] → [T, hidden]; writes the new keys and values to the pages. */
-  forward(
-    x: Tensor,
-    batch: DecoderBatch,
-    pages: { kPages: Tensor; vPages: Tensor },
-    invFreq: Tensor,
-  ): Tensor {
+  forward(x: Tensor, batch: DecoderBatch, pages: { kPages: Tensor; vPages: Tensor }): Tensor {
+    const { invFreq } = this
     const tokens = x.shape[0]!
 
     // Attention.
@@ -219,9 +225,9 @@ export class Decoder {
   private readonly layers: readonly DecoderLayer[]
   private readonly finalNorm: Tensor
   private readonly lmHead: Tensor
-  private readonly invFreq: Tensor
   private readonly embedScale: Tensor | undefined
   private readonly activations: ActivationType
+  private readonly device: Device
 
   private constructor(
     loader: Loader,
@@ -229,15 +235,15 @@ export class Decoder {
     vocabSize: number,
     w: { embedTokens: Tensor; layers: readonly DecoderLayer[]; finalNorm: Tensor; lmHead: Tensor },
   ) {
-    const { family, hidden_size: hidden, head_dim } = config
+    const { family, hidden_size: hidden } = config
     this.config = config
     this.vocabSize = vocabSize
     this.activations = loader.activations
+    this.device = loader.device
     this.embedTokens = w.embedTokens
     this.layers = w.layers
     this.finalNorm = w.finalNorm
     this.lmHead = w.lmHead
-    this.invFreq = loader.build(() => loader.device.tensor(inverseFrequencies(config), [head_dim / 2]))
     this.embedScale =
       family === 'gemma'
         ? loader.build(() => loader.device.tensor(new Float32Array(hidden).fill(Math.sqrt(hidden)), [hidden]))
@@ -247,13 +253,15 @@ export class Decoder {
   /**
    * `weights` holds the names of the release: `model.…` and `lm_head.weight`. The embedding table and lm_head are cut
    * or grown to `vocabSize` rows, as the reference does for the tokenizer's length; grown rows, which no release has,
-   * are zeros here (the reference leaves them random).
+   * are zeros here (the reference leaves them random). `layerLoaders` brings each layer to its device; default: all to
+   * that of `loader`, where embeddings, the last norm and lm_head always are.
    */
   static async load(
     loader: Loader,
     weights: Weights,
     config: DecoderConfig,
     vocabSize: number,
+    layerLoaders: readonly Loader[] = Array<Loader>(config.num_hidden_layers).fill(loader),
   ): Promise<Decoder> {
     if (!Number.isInteger(vocabSize) || vocabSize < 1)
       throw expected('a positive integer', 'vocabSize', vocabSize)
@@ -262,9 +270,9 @@ export class Decoder {
     const embedTokens = loadVocabulary(loader, model, 'embed_tokens.weight', config, vocabSize, tied)
     await loader.pause()
     const layers: DecoderLayer[] = []
-    for (let i = 0; i < config.num_hidden_layers; i++) {
-      layers.push(new DecoderLayer(loader, under(model, `layers.${i}.`), config))
-      await loader.pause()
+    for (const [i, own] of layerLoaders.entries()) {
+      layers.push(new DecoderLayer(own, under(model, `layers.${i}.`), config))
+      await own.pause()
     }
     const finalNorm = loader.f32(model.take('norm.weight', [config.hidden_size]))
     // A packed matrix serves lookups by row as well, so a tied head costs nothing.
@@ -280,6 +288,11 @@ export class Decoder {
     return embedding(this.embedTokens, ids, { out: this.activations })
   }
 
+  /** The device of each layer. */
+  get devices(): Device[] {
+    return this.layers.map(layer => layer.device)
+  }
+
   /** Logits f32 [R, vocabSize] of the wanted rows; the batch's keys and values are in the cache afterwards. */
   forward(batch: DecoderBatch, cache: KvCache, observe?: Observe): Tensor {
     if (cache.layers.length !== this.layers.length)
@@ -288,16 +301,36 @@ export class Decoder {
       const norm = normOptions(this.config)
       let x = this.embedScale ? scaleColumns(batch.embeds, this.embedScale) : batch.embeds // [T, hidden]
       observe?.('hidden_0', x)
+      let at = this.device
+      const copies = new Map([[at, batch]])
       this.layers.forEach((layer, i) => {
-        const body = (x: Tensor) => layer.forward(x, batch, cache.layers[i]!, this.invFreq)
+        const { device } = layer
+        const local = copies.get(device) ?? copyBatch(batch, device)
+        copies.set(device, local)
+        const body = (x: Tensor) =>
+          layer.forward(device === at ? x : copyTo(x, device), local, cache.layers[i]!)
         x = x === batch.embeds ? scope(() => body(x)) : advance(x, body)
+        at = device
         if (i + 1 < this.layers.length) observe?.(`hidden_${i + 1}`, x)
       })
+      if (at !== this.device) x = advance(x, x => copyTo(x, this.device))
       if (observe) observe(`hidden_${this.layers.length}`, rmsNorm(x, this.finalNorm, norm))
       const last = embedding(x, batch.logitRows, { out: this.activations }) // [R, hidden]
       return linear(rmsNorm(last, this.finalNorm, norm), this.lmHead, { out: 'f32' }) // [R, V]
     })
   }
+}
+
+/** What layers read of a batch, on another GPU. */
+function copyBatch(batch: DecoderBatch, device: Device): DecoderBatch {
+  const [positions, slots, blockTable, cuQ, contextLens] = [
+    batch.positions,
+    batch.slots,
+    batch.blockTable,
+    batch.cuQ,
+    batch.contextLens,
+  ].map(tensor => copyTo(tensor, device)) as [Tensor, Tensor, Tensor, Tensor, Tensor]
+  return { ...batch, positions, slots, blockTable, cuQ, contextLens }
 }
 
 /** [vocabSize, hidden] packed, from a table of any height. */
@@ -324,10 +357,11 @@ function loadVocabulary(
 }
 
 /** f32 [D/2] theta^(−2i/D), each step rounded to f32 as the reference's tensors are. */
-function inverseFrequencies(config: DecoderConfig): Float32Array {
+function inverseFrequencies(loader: Loader, config: DecoderConfig): Tensor {
   const { head_dim, rope_theta, rope_scaling } = config
-  return Float32Array.from({ length: head_dim / 2 }, (_, i) => {
+  const frequencies = Float32Array.from({ length: head_dim / 2 }, (_, i) => {
     const power = Math.fround(rope_theta ** Math.fround((2 * i) / head_dim))
     return Math.fround(1 / power) / (rope_scaling?.factor ?? 1)
   })
+  return loader.build(() => loader.device.tensor(frequencies, [head_dim / 2]))
 }

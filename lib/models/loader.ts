@@ -28,6 +28,13 @@ export interface LoaderOptions {
   signal?: AbortSignal | undefined
 }
 
+/** What loaders beside each other have opened together. */
+interface Counts {
+  readonly seen: WeakSet<WeightEntry>
+  loaded: number
+  sinceLastPause: number
+}
+
 // A pause costs one turn of the event loop; work between two is bounded by it.
 const BYTES_BETWEEN_PAUSES = 64 * 2 ** 20
 
@@ -44,11 +51,15 @@ export class Loader {
   readonly #files = new Map<string, MappedFile>()
   readonly #owned: Tensor[] = []
   #host: Device | undefined
-  readonly #seen = new WeakSet<WeightEntry>()
-  #loaded = 0
-  #sinceLastPause = 0
+  readonly #beside: Loader[] = []
+  readonly #counts: Counts
 
-  constructor(device: Device, options: LoaderOptions = {}) {
+  constructor(
+    device: Device,
+    options: LoaderOptions = {},
+    counts: Counts = { seen: new WeakSet(), loaded: 0, sinceLastPause: 0 },
+  ) {
+    this.#counts = counts
     this.device = device
     this.dtype = options.dtype
     this.activations = options.activations ?? 'f32'
@@ -56,9 +67,17 @@ export class Loader {
     this.#options = options
   }
 
-  /** Bytes on the device of everything loaded so far. */
+  /** A loader for another device, whose progress, end and tensors are a part of this one's. */
+  beside(device: Device): Loader {
+    const loader = new Loader(device, this.#options, this.#counts)
+    this.#beside.push(loader)
+    return loader
+  }
+
+  /** Bytes on the device (or devices) of everything loaded so far. */
   get byteLength(): number {
-    return this.#owned.reduce((sum, tensor) => sum + tensor.byteLength, 0)
+    const own = this.#owned.reduce((sum, tensor) => sum + tensor.byteLength, 0)
+    return this.#beside.reduce((sum, loader) => sum + loader.byteLength, own)
   }
 
   /** The tensor in its file's own type, over the mapped file where alignment allows. Call it inside `build`. */
@@ -73,10 +92,11 @@ export class Loader {
       file = new MappedFile(entry.file)
       this.#files.set(entry.file, file)
     }
-    if (!this.#seen.has(entry)) {
-      this.#seen.add(entry)
-      this.#loaded += entry.byteLength
-      this.#sinceLastPause += entry.byteLength
+    const counts = this.#counts
+    if (!counts.seen.has(entry)) {
+      counts.seen.add(entry)
+      counts.loaded += entry.byteLength
+      counts.sinceLastPause += entry.byteLength
     }
     if (!strides) return device.fromFile(file, entry.offset, shape, dtype)
 
@@ -169,19 +189,21 @@ export class Loader {
   /** To be awaited between layers: now and then waits for the device, reports progress and obeys the signal. */
   async pause(): Promise<void> {
     throwIfAborted(this.#options.signal)
-    if (this.#sinceLastPause < BYTES_BETWEEN_PAUSES) return
-    this.#sinceLastPause = 0
+    if (this.#counts.sinceLastPause < BYTES_BETWEEN_PAUSES) return
+    this.#counts.sinceLastPause = 0
     await this.device.synchronize()
     throwIfAborted(this.#options.signal)
-    this.#report(this.#loaded)
+    this.#report(this.#counts.loaded)
   }
 
   /** Waits for everything, unmaps the files and reports the end. */
   async finish(): Promise<void> {
-    await this.device.synchronize()
-    await this.#release()
+    for (const loader of [this, ...this.#beside]) {
+      await loader.device.synchronize()
+      await loader.#release()
+    }
     throwIfAborted(this.#options.signal)
-    this.#report(this.#options.totalBytes ?? this.#loaded)
+    this.#report(this.#options.totalBytes ?? this.#counts.loaded)
   }
 
   #report(loaded: number): void {
@@ -200,6 +222,7 @@ export class Loader {
 
   /** Frees every tensor built here. Idempotent. */
   dispose(): void {
+    for (const loader of this.#beside) loader.dispose()
     void this.#release()
     for (const tensor of this.#owned.splice(0)) tensor.dispose()
   }

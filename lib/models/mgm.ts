@@ -27,6 +27,8 @@ export interface LoadModelOptions {
   quantize?: 'int8' | 'int4' | undefined
   /** Storage of the KV cache. Default 'f32'; on a GPU always what is computed in. */
   kvDtype?: KvDType | undefined
+  /** Where each layer of the decoder goes. Default: all where the rest is. */
+  layerDevices?: readonly Device[] | undefined
   /** Length of the tokenizer, to which embeddings and lm_head are cut or grown. */
   vocabSize: number
   onProgress?: ((progress: LoadProgress) => void) | undefined
@@ -77,7 +79,13 @@ export class MgmModel {
         config.hidden_size,
       )
       checkpoint.projector.finish([])
-      const decoder = await Decoder.load(loader, checkpoint.language, config, options.vocabSize)
+      const decoder = await Decoder.load(
+        loader,
+        checkpoint.language,
+        config,
+        options.vocabSize,
+        options.layerDevices && loadersFor(loader, options.layerDevices),
+      )
       checkpoint.language.finish(languageIgnored(config))
       await loader.finish()
       return new MgmModel(loader, config, kvDtype, { vision, projector, decoder })
@@ -176,7 +184,7 @@ export class MgmModel {
 
   /** An empty cache of `pages` pages of `pageSize` positions; the caller disposes it. */
   newCache(pages: number, pageSize: number): KvCache {
-    return new KvCache(this.device, this.config, pages, pageSize, this.kvDtype)
+    return new KvCache(this.decoder.devices, this.config, pages, pageSize, this.kvDtype)
   }
 
   /** Bytes that each page of `newCache` takes. */
@@ -223,6 +231,15 @@ export function kvDtypeFor(activations: ActivationType, asked: KvDType | undefin
       `expected ${activations}, the type of the activations, for kvDtype on a GPU but received ${asked}`,
     )
   return activations
+}
+
+function loadersFor(loader: Loader, devices: readonly Device[]): Loader[] {
+  const loaders = new Map([[loader.device, loader]])
+  return devices.map(device => {
+    const own = loaders.get(device) ?? loader.beside(device)
+    loaders.set(device, own)
+    return own
+  })
 }
 
 async function loadVision(loader: Loader, checkpoint: Checkpoint): Promise<DualVisionEncoder> {

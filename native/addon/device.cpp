@@ -164,6 +164,7 @@ class DeviceObject : public Napi::ObjectWrap<DeviceObject> {
     result.Set("reserved", Napi::Number::New(info.Env(), static_cast<double>(stats.reserved)));
     result.Set("peak", Napi::Number::New(info.Env(), static_cast<double>(stats.peak)));
     result.Set("limit", Napi::Number::New(info.Env(), static_cast<double>(stats.limit)));
+    result.Set("available", Napi::Number::New(info.Env(), static_cast<double>(stats.available)));
     return result;
   }
 

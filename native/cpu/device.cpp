@@ -234,7 +234,9 @@ class CpuDevice : public Device {
     return kernels_.packed_bytes(dtype, layout, n, k);
   }
   MemoryStats memory() const override {
-    return {counters_->used, pool_->reserved, counters_->peak, counters_->limit};
+    const size_t limit = counters_->limit;
+    return {counters_->used, pool_->reserved, counters_->peak, limit,
+            limit ? limit - std::min(limit, counters_->used) : std::numeric_limits<size_t>::max()};
   }
   int threads() const override { return threads_; }
   const char* isa() const override { return kernels_.isa; }

@@ -342,14 +342,19 @@ class CudaDevice final : public Device, private Queue {
 
   MemoryStats memory() const override {
     uint64_t reserved = 0, used = 0;
-    const auto attribute = driver().cuMemPoolGetAttribute;
-    if (attribute)
-      context_->while_alive([&] {
+    size_t available = 0, total = 0;
+    context_->while_alive([&] {
+      driver().cuMemGetInfo_v2(&available, &total);
+      if (const auto attribute = driver().cuMemPoolGetAttribute) {
         attribute(context_->pool(), kPoolReservedCurrent, &reserved);
         attribute(context_->pool(), kPoolUsedCurrent, &used);
-      });
-    return {counters_.used, reserved > used ? static_cast<size_t>(reserved - used) : 0, counters_.peak,
-            counters_.limit ? std::min(counters_.limit, info().memory) : info().memory};
+      }
+    });
+    const size_t pooled = reserved > used ? static_cast<size_t>(reserved - used) : 0, limit = counters_.limit;
+    available += pooled;
+    if (limit) available = std::min(available, limit - std::min(limit, counters_.used));
+    return {counters_.used, pooled, counters_.peak, limit ? std::min(limit, info().memory) : info().memory,
+            available};
   }
 
   void trim() override {

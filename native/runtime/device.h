@@ -11,6 +11,7 @@ namespace mgm {
 
 struct MemoryStats {
   size_t used, reserved, peak, limit;
+  size_t available;  // bytes that allocate() may still hand out; on the CPU only the limit counts
 };
 
 // Work recorded by a capture, with the memory it owns. Replayed on the device that recorded it.

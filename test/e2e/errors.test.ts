@@ -73,7 +73,7 @@ describe('loading', () => {
   })
 
   it('says what this version does not do', async () => {
-    expect((await load(vicuna.folder, { deviceMap: 'auto' })).code).toBe('UNSUPPORTED')
+    expect((await load(vicuna.folder, { deviceMap: 'auto', device: 'cpu' })).code).toBe('INVALID_ARGUMENT')
     expect((await load(vicuna.folder, { diffusion: 'stabilityai/sdxl' })).code).toBe('UNSUPPORTED')
     expect(await load(vicuna.folder, { device: 'cuda:1' })).toMatchObject({
       code: 'DEVICE_UNAVAILABLE',

@@ -4,6 +4,7 @@ import {
   availableMemory,
   formatBytes,
   type MemoryPlan,
+  placeLayers,
   planPages,
   weightBytes,
 } from '../../lib/engine/memory.ts'
@@ -38,9 +39,30 @@ describe('planPages', () => {
   })
 })
 
+describe('placeLayers', () => {
+  const layers = Array<number>(8).fill(10)
+
+  it('gives each device its share by what is free there, in order', () => {
+    expect(placeLayers({ layers, rest: 0, available: [1000] })).toEqual([0, 0, 0, 0, 0, 0, 0, 0])
+    expect(placeLayers({ layers, rest: 0, available: [100, 100] })).toEqual([0, 0, 0, 0, 1, 1, 1, 1])
+    expect(placeLayers({ layers, rest: 0, available: [50, 150] })).toEqual([0, 0, 1, 1, 1, 1, 1, 1])
+    // The first one has the vision towers too.
+    expect(placeLayers({ layers, rest: 40, available: [100, 100] })).toEqual([0, 0, 1, 1, 1, 1, 1, 1])
+    expect(placeLayers({ layers, rest: 0, available: [100, 100, 100, 100] })).toEqual([
+      0, 0, 1, 1, 2, 2, 3, 3,
+    ])
+  })
+
+  it('refuses what does not fit, naming the device and both amounts', () => {
+    expect(() => placeLayers({ layers, rest: 200, available: [150, 1000] })).toThrow(
+      /part for GPU 0 of 2 needs 200 B but 150 B are available there/,
+    )
+  })
+})
+
 it.each(cases)('weightBytes comes near to what $name takes', async of => {
   for (const options of [{}, { dtype: 'f32' }, { quantize: 'int8' }] as const) {
-    const estimate = weightBytes(openCheckpoint(of.folder), options)
+    const estimate = weightBytes(openCheckpoint(of.folder), options).total
     const mgm = await MiniGemini.load(of.folder, { ...small, ...options })
     const { weightBytes: real } = mgm.info
     await mgm.close()
