@@ -1,0 +1,146 @@
+// What the assembler and the disassembler say of compiled kernels, ours and others'. Nothing here needs a GPU.
+import { execFile } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
+import { delimiter, join } from 'node:path'
+import { promisify } from 'node:util'
+import { TARGETS, type Target } from './gpus.ts'
+import { innermostLoop, type Loop, localAccesses, parseSass } from './sass.ts'
+
+const run = promisify(execFile)
+const BIG = { maxBuffer: 1 << 28 }
+
+/** Of one kernel on one target, as `ptxas -v` reports it. Bytes, but for registers. */
+export interface Usage {
+  registers: number
+  shared: number
+  stack: number
+  spills: number
+}
+
+/** One kernel before it is launched. */
+export interface StaticKernel {
+  family: string
+  kernel: string
+  /** Of its launch bounds; undefined if it has none. */
+  maxThreads: number | undefined
+  usage: Partial<Record<Target, Usage>>
+  /** Of sm_80's machine code; undefined without a disassembler. */
+  code: { instructions: number; localAccesses: number; loop: Loop | undefined } | undefined
+}
+
+/** { kernel: usage } of what `ptxas -v` printed. */
+export function parseUsage(text: string): Map<string, Usage> {
+  const kernels = new Map<string, Usage>()
+  let current: Usage = { registers: 0, shared: 0, stack: 0, spills: 0 }
+  for (const line of text.split('\n')) {
+    const entry = /Compiling entry function '(\w+)'/.exec(line)
+    if (entry) {
+      current = { registers: 0, shared: 0, stack: 0, spills: 0 }
+      kernels.set(entry[1]!, current)
+    }
+    // One such line for the kernel, and one for each function that was not inlined.
+    const frame = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(line)
+    if (frame) {
+      current.stack += Number(frame[1])
+      current.spills += Number(frame[2]) + Number(frame[3])
+    }
+    const registers = /Used (\d+) registers/.exec(line)
+    if (registers) {
+      current.registers = Number(registers[1])
+      current.shared = Number(/(\d+) bytes smem/.exec(line)?.[1] ?? 0)
+    }
+  }
+  return kernels
+}
+
+/** { kernel: most threads a block may have } of PTX with launch bounds. */
+export function parseBounds(ptx: string): Map<string, number> {
+  const bounds = new Map<string, number>()
+  let kernel: string | undefined
+  for (const line of ptx.split('\n')) {
+    kernel = /^(?:\.visible )?\.entry (\w+)/.exec(line)?.[1] ?? kernel
+    const limit = /^\.(?:max|req)ntid ([\d, ]+)/.exec(line)
+    if (limit && kernel !== undefined)
+      bounds.set(
+        kernel,
+        limit[1]!.split(',').reduce((product, n) => product * Number(n), 1),
+      )
+  }
+  return bounds
+}
+
+/** Families of the last build, with the PTX that its addon carries. */
+export function builtFamilies(root: string): { family: string; ptx: string }[] {
+  const index = join(root, 'build', 'kernels', 'images.cpp')
+  if (!existsSync(index))
+    throw new Error(`expected ${index}: run \`npm run build:native\` with nvcc on the PATH first`)
+  return [...readFileSync(index, 'utf8').matchAll(/mgm_image_(\w+)_ptx:\\n\.incbin \\"([^"]+)\\"/g)].map(
+    ([, family, ptx]) => ({ family: family!, ptx: ptx! }),
+  )
+}
+
+/** A disassembler that takes `-hex -c`: MGM_NVDISASM, the PATH, or the one inside Triton's wheel in MGM_BENCH_PYTHON's environment. */
+export async function findDisassembler(): Promise<string | undefined> {
+  if (process.env.MGM_NVDISASM) return process.env.MGM_NVDISASM
+  for (const folder of (process.env.PATH ?? '').split(delimiter))
+    if (folder && existsSync(join(folder, 'nvdisasm'))) return join(folder, 'nvdisasm')
+  const code = 'import triton.backends.nvidia as n, os; print(list(n.__path__)[0])'
+  try {
+    const { stdout } = await run(process.env.MGM_BENCH_PYTHON ?? 'python3', ['-c', code])
+    const inside = join(stdout.trim(), 'bin', 'nvdisasm')
+    return existsSync(inside) ? inside : undefined
+  } catch {
+    return undefined
+  }
+}
+
+// The lowest .version that knows a target; the code stays the same.
+const VERSION_OF_TARGET: Partial<Record<Target, number>> = { sm_86: 7.1, sm_89: 7.8, sm_90: 7.8 }
+
+/** Assembles PTX for every target and disassembles sm_80's cubin; results are kept under the hash of the PTX. */
+export async function inspect(
+  family: string,
+  ptx: string,
+  options: { cache: string; disassembler: string | undefined },
+): Promise<StaticKernel[]> {
+  const text = readFileSync(ptx, 'utf8')
+  mkdirSync(options.cache, { recursive: true })
+  const hash = createHash('sha256').update(text).digest('hex').slice(0, 20)
+  const base = join(options.cache, `${family}-${hash}`)
+  const usages = await Promise.all(
+    TARGETS.map(async target => {
+      const cubin = `${base}.${target}.cubin`
+      if (!existsSync(`${cubin}.txt`)) await assemble(text, target, cubin)
+      return [target, parseUsage(readFileSync(`${cubin}.txt`, 'utf8'))] as const
+    }),
+  )
+  const sass = options.disassembler
+    ? parseSass((await run(options.disassembler, ['-hex', '-c', `${base}.sm_80.cubin`], BIG)).stdout)
+    : undefined
+  const bounds = parseBounds(text)
+  return [...usages[0]![1].keys()].map(kernel => {
+    const code = sass?.get(kernel)
+    return {
+      family,
+      kernel,
+      maxThreads: bounds.get(kernel),
+      usage: Object.fromEntries(usages.map(([target, of]) => [target, of.get(kernel)!])),
+      code: code && {
+        instructions: code.length,
+        localAccesses: localAccesses(code),
+        loop: innermostLoop(code),
+      },
+    }
+  })
+}
+
+async function assemble(text: string, target: Target, cubin: string): Promise<void> {
+  const version = Number(/^\.version (\d+\.\d+)/m.exec(text)?.[1])
+  const wanted = Math.max(version, VERSION_OF_TARGET[target] ?? 0).toFixed(1)
+  const input = `${cubin}.${process.pid}.ptx`
+  writeFileSync(input, text.replace(/^\.version .*$/m, `.version ${wanted}`))
+  const { stdout, stderr } = await run('ptxas', ['-v', '-O3', `-arch=${target}`, input, '-o', cubin], BIG)
+  writeFileSync(input, stdout + stderr)
+  renameSync(input, `${cubin}.txt`)
+}
