@@ -35,6 +35,10 @@ struct DeviceSpec {
 };
 DeviceSpec device_spec(int capability);
 
+// How mma.sync adds up its products: exactly (rounded once), as the tensor cores of the device's generation
+// do (cut off while they are aligned), or in f32 in an order drawn anew for each instruction.
+enum class MmaSum : uint8_t { exact, hardware, permuted };
+
 // How strictly and in which order things run. From the environment (MGM_EMULATOR_*), see core/options.cpp.
 struct Options {
   uint64_t seed = 0;      // schedule of warps and blocks, delays, poison
@@ -43,10 +47,13 @@ struct Options {
   int threads = 0;        // that blocks spread over; 0: all cores
   uint64_t sample = 0;    // run so many blocks of a larger grid, spread over it: for counters only; 0: all
   double watchdog_seconds = 60;
+  MmaSum mma = MmaSum::exact;
 };
-// MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _SAMPLE, _WATCHDOG. Throws std::runtime_error for anything
-// but a number.
+// MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _SAMPLE, _WATCHDOG, each a number, and _MMA, a name of
+// MmaSum. Throws std::runtime_error for anything else.
 Options options_from_environment();
+// False for an unknown name.
+bool parse_mma_sum(std::string_view name, MmaSum* mma);
 
 enum class ReportKind {
   out_of_bounds,

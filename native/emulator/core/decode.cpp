@@ -257,7 +257,8 @@ Shape Decoder::in(const Operand& o, std::string_view type) {
   Shape shape;
   if (o.text == "WARP_SZ") return constant(32, bytes ? bytes : 4);
   if (special(o.text, &shape)) {
-    // 32-bit special registers may be read as 64 or 16 bits too.
+    if (now->opcode != "mov" && now->opcode != "cvt")
+      fail("'" + o.text + "' can be read by mov and cvt alone");
     if (bytes && shape.width != bytes)
       fail("expected a type of " + std::to_string(8 * shape.width) + " bits for '" + o.text + "'");
     return shape;

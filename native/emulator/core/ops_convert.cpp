@@ -185,18 +185,16 @@ void unpack_fp8(Warp& w, const Inst& in, uint32_t m) {
     w.dst<uint32_t>(in.o[0])[i] = one(static_cast<uint8_t>(v >> 8)) << 16 | one(static_cast<uint8_t>(v));
   });
 }
-// cvt.pack.sat: imm packs d = {a, b} into the low part, c shifted up.
-template <class D>
+// cvt.pack.sat: a and b, each saturated to `bytes` bits (flag 1: signed), above them c.
 void cvt_pack(Warp& w, const Inst& in, uint32_t m) {
-  constexpr int bits_ = 8 * sizeof(D);
+  const int bits_ = in.bytes;
+  const int64_t low = in.flag ? -(int64_t{1} << (bits_ - 1)) : 0, high = low + (int64_t{1} << bits_) - 1;
+  auto one = [&](int32_t v) {
+    return static_cast<uint32_t>(std::clamp<int64_t>(v, low, high)) & ((1u << bits_) - 1);
+  };
   each_lane(m, [&](int i) {
-    int32_t a = w.src<int32_t>(in.o[1])[i], b = w.src<int32_t>(in.o[2])[i];
-    auto one = [](int32_t v) {
-      return static_cast<uint32_t>(static_cast<std::make_unsigned_t<D>>(
-          std::clamp<int64_t>(v, std::numeric_limits<D>::min(), std::numeric_limits<D>::max())));
-    };
-    uint32_t low = one(a) << bits_ | one(b);
-    w.dst<uint32_t>(in.o[0])[i] = in.count > 3 ? low | w.src<uint32_t>(in.o[3])[i] << (2 * bits_ & 31) : low;
+    const uint32_t pair = one(w.src<int32_t>(in.o[1])[i]) << bits_ | one(w.src<int32_t>(in.o[2])[i]);
+    w.dst<uint32_t>(in.o[0])[i] = in.count > 3 ? pair | w.src<uint32_t>(in.o[3])[i] << (2 * bits_) : pair;
   });
 }
 
@@ -339,13 +337,13 @@ bool decode_convert(Decoder& d, const Instruction& s) {
     d.operands(three ? 4 : 3);
     std::vector<Shape> in{d.in(d.operand(1), "s32"), d.in(d.operand(2), "s32")};
     if (three) in.push_back(d.in(d.operand(3), "b32"));
-    Handler h = types[0] == "s8"    ? &cvt_pack<int8_t>
-                : types[0] == "u8"  ? &cvt_pack<uint8_t>
-                : types[0] == "s16" ? &cvt_pack<int16_t>
-                : types[0] == "u16" ? &cvt_pack<uint16_t>
-                                    : nullptr;
-    if (!h) d.fail("type ." + types[0] + " is not supported here");
-    d.emit(h, "cvt", std::vector<Shape>{d.out(d.operand(0), 4)}, in);
+    const int bits_ = std::atoi(types[0].c_str() + 1);
+    if ((types[0][0] != 's' && types[0][0] != 'u') ||
+        (three ? bits_ != 8 && bits_ != 4 && bits_ != 2 : bits_ != 16))
+      d.fail("type ." + types[0] + " is not supported here");
+    Inst& i = d.emit(&cvt_pack, "cvt", std::vector<Shape>{d.out(d.operand(0), 4)}, in);
+    i.bytes = static_cast<uint8_t>(bits_);
+    i.flag = types[0][0] == 's';
     return true;
   }
   std::string from = m.type(), to = m.type();
@@ -404,6 +402,11 @@ bool decode_convert(Decoder& d, const Instruction& s) {
     d.require(78, 90, "this conversion of bf16");
   if (ff && !ft && !integral) d.fail("expected .rni, .rzi, .rmi or .rpi");
   if (!ff && ft && r.empty()) d.fail("expected a rounding");
+  if (ff && ft && ft != ff && r.empty() &&
+      type_bytes(to == "tf32" ? "f32" : to, s.line) < type_bytes(from, s.line))
+    d.fail("expected a rounding");
+  if (ftz && ff != s32 && !(ff && ft == s32)) d.fail("unknown modifier '.ftz'");
+  if (relu && r == "rna") d.fail("unknown modifier '.relu'");
   // Registers may be wider than the type.
   int to_bytes = ft == t32 ? 4 : static_cast<int>(type_bytes(to, s.line)),
       from_bytes = static_cast<int>(type_bytes(from, s.line));
@@ -431,6 +434,10 @@ bool decode_convert(Decoder& d, const Instruction& s) {
     if (!flag && mode == rn && ft == s32 && in.width == 4 && from == "u32") h = &alu<U32F32, float, uint32_t>;
     if (!flag && mode == rn && ft == s32 && in.width == 4 && from == "s32") h = &alu<S32F32, float, int32_t>;
   } else {
+    // Saturation is for conversions that can overflow.
+    const bool keeps_sign = to[0] == 's' || from[0] == 'u';
+    if (sat && keeps_sign && (to[0] == from[0] ? to_bytes >= from_bytes : to_bytes > from_bytes))
+      d.fail("unknown modifier '.sat'");
     h = to_int(d, to, from, false);
     if (!sat && out.width == 8 && to_bytes == 8 && from == "u32" && in.width == 4)
       h = &alu<Widen, uint64_t, uint32_t>;

@@ -50,6 +50,16 @@ struct FSqrt {
     return std::sqrt(a);
   }
 };
+// rcp.approx.ftz.f64: of the upper words alone.
+struct FRcpUpper {
+  static double call(double a) {
+    const uint64_t upper = ~uint64_t{0xffffffff};
+    const double x = bits_as<double>(bits_as<uint64_t>(a) & upper);
+    if (x == x && std::fabs(x) < 0x1p-1022) return std::copysign(static_cast<double>(INFINITY), x);
+    const double r = bits_as<double>(bits_as<uint64_t>(1 / x) & upper);
+    return r == r && std::fabs(r) < 0x1p-1022 ? std::copysign(0.0, r) : r;
+  }
+};
 struct FRsqrt {
   template <class T>
   static T call(T a) {
@@ -93,6 +103,15 @@ struct FMax {
   template <class T>
   static T call(T a, T b) {
     return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b;
+  }
+};
+// .xorsign.abs: of the magnitudes, with the product's sign.
+template <class F>
+struct XorSign {
+  template <class T>
+  static T call(T a, T b) {
+    const T r = F::call(std::fabs(a), std::fabs(b));
+    return r != r ? r : std::copysign(r, std::signbit(a) != std::signbit(b) ? T(-1) : T(1));
   }
 };
 struct FMinNan {
@@ -147,6 +166,13 @@ struct Fenv {
     return r;
   }
 };
+
+template <int M>
+struct DDiv : Fenv<M, FDiv> {};
+template <int M>
+struct DRcp : Fenv<M, FRcp> {};
+template <int M>
+struct DSqrt : Fenv<M, FSqrt> {};
 
 template <class F, bool Ftz, bool Sat>
 struct F32 {
@@ -221,12 +247,19 @@ struct Pair {
            static_cast<uint32_t>(F::call(static_cast<uint16_t>(a >> 16)...)) << 16;
   }
 };
+template <bool Ftz>
 struct Neg16 {
-  static uint16_t call(uint16_t a) { return a ^ 0x8000; }
+  static uint16_t call(uint16_t a) { return flush16<Half, Ftz>(a) ^ 0x8000; }
 };
+template <bool Ftz>
 struct Abs16 {
-  static uint16_t call(uint16_t a) { return a & 0x7fff; }
+  static uint16_t call(uint16_t a) { return flush16<Half, Ftz>(a) & 0x7fff; }
 };
+template <template <bool> class F>
+Handler sign16(bool pair, bool ftz) {
+  if (pair) return ftz ? &alu<Pair<F<true>>, uint32_t, uint32_t> : &alu<Pair<F<false>>, uint32_t, uint32_t>;
+  return ftz ? &alu<F<true>, uint16_t, uint16_t> : &alu<F<false>, uint16_t, uint16_t>;
+}
 
 template <class F, class T, int N>
 Handler n_ary() {
@@ -356,28 +389,33 @@ bool decode_float(Decoder& d, const Instruction& s) {
           neg ? (ftz ? &alu<Raw32<FNeg, true>, float, float> : &alu<Raw32<FNeg, false>, float, float>)
               : (ftz ? &alu<Raw32<FAbs, true>, float, float> : &alu<Raw32<FAbs, false>, float, float>),
           1, klass);
-    if (t == "f64")
+    if (ftz && t[0] == 'b') m.fail("unknown modifier '.ftz'");
+    if (t == "f64") {
+      if (ftz) m.fail("unknown modifier '.ftz'");
       return emit(neg ? &alu<F64<FNeg>, double, double> : &alu<F64<FAbs>, double, double>, 1, klass);
-    if (ftz) m.fail(".ftz of neg and abs on halves is not supported");
-    if (bytes == 2)
-      return emit(neg ? &alu<Neg16, uint16_t, uint16_t> : &alu<Abs16, uint16_t, uint16_t>, 1, klass);
-    return emit(neg ? &alu<Pair<Neg16>, uint32_t, uint32_t> : &alu<Pair<Abs16>, uint32_t, uint32_t>, 1,
-                klass);
+    }
+    return emit(neg ? sign16<Neg16>(bytes == 4, ftz) : sign16<Abs16>(bytes == 4, ftz), 1, klass);
   }
   if (op == "min" || op == "max") {
     bool nan = m.take("NaN"), mx = op == "max";
-    if (m.take("xorsign")) m.fail(".xorsign.abs is not supported");
-    if (half) {
-      return emit(nan ? (mx ? half_handler<FMaxNan, 2>(t, ftz, 0) : half_handler<FMinNan, 2>(t, ftz, 0))
-                      : (mx ? half_handler<FMax, 2>(t, ftz, 0) : half_handler<FMin, 2>(t, ftz, 0)),
-                  2, klass);
-    }
-    if (t == "f64")
+    const bool xorsign = m.take("xorsign");
+    if (xorsign && !m.take("abs")) m.fail("expected .xorsign.abs");
+    if (xorsign) d.require(72, 86, "min and max with .xorsign.abs");
+    if (ftz && t[0] == 'b') m.fail("unknown modifier '.ftz'");
+    auto of = [&](auto f) {
+      using F = decltype(f);
+      if (half) return half_handler<F, 2>(t, ftz, 0);
+      return f32_handler<F, 2>(ftz, false);
+    };
+    if (t == "f64") {
+      if (nan || xorsign || ftz) m.fail("unknown modifier for .f64");
       return emit(mx ? &alu<F64<FMax>, double, double, double> : &alu<F64<FMin>, double, double, double>, 2,
                   klass);
-    return emit(nan ? (mx ? f32_handler<FMaxNan, 2>(ftz, false) : f32_handler<FMinNan, 2>(ftz, false))
-                    : (mx ? f32_handler<FMax, 2>(ftz, false) : f32_handler<FMin, 2>(ftz, false)),
-                2, klass);
+    }
+    Handler h = xorsign ? (nan ? (mx ? of(XorSign<FMaxNan>{}) : of(XorSign<FMinNan>{}))
+                               : (mx ? of(XorSign<FMax>{}) : of(XorSign<FMin>{})))
+                        : (nan ? (mx ? of(FMaxNan{}) : of(FMinNan{})) : (mx ? of(FMax{}) : of(FMin{})));
+    return emit(h, 2, klass);
   }
   bool sat = m.take("sat"), relu = m.take("relu");
   bool approx = m.take("approx"), full = m.take("full");
@@ -386,10 +424,11 @@ bool decode_float(Decoder& d, const Instruction& s) {
   if (op == "add" || op == "sub" || op == "mul" || op == "fma") {
     if (approx || full) m.fail("unknown modifier .approx");
     size_t n = op == "fma" ? 3 : 2;
+    if (op == "fma" && round_name.empty()) m.fail("expected a rounding");
     if (half) {
       if (r != rn) m.fail("halves round to nearest only");
-      if (op == "fma" && round_name.empty()) m.fail("expected .rn");
       if (t[0] == 'b' && op != "fma") d.require(78, 90, "add, sub and mul of bf16");
+      if (t[0] == 'b' && (ftz || sat)) m.fail("unknown modifier .ftz or .sat for bf16");
       if (relu && op != "fma") m.fail("unknown modifier .relu");
       int clamp = sat ? 1 : relu ? 2 : 0;
       Handler h = op == "add"   ? half_handler<FAdd, 2>(t, ftz, clamp)
@@ -430,19 +469,19 @@ bool decode_float(Decoder& d, const Instruction& s) {
     if (half) m.fail("type ." + t + " is not supported here");
     if (!approx && !full && round_name.empty()) m.fail("expected .approx or a rounding");
     if (t == "f64") {
+      if (op == "rcp" && approx && ftz) return emit(&alu<F64<FRcpUpper>, double, double>, n, klass);
+      if (approx || full || ftz) m.fail("unknown modifier for .f64");
       Handler h =
           op == "div" ? (r == rn ? &alu<F64<FDiv>, double, double, double> : fenv_handler<FDiv, double, 2>(r))
           : op == "rcp" ? (r == rn ? &alu<F64<FRcp>, double, double> : fenv_handler<FRcp, double, 1>(r))
                         : (r == rn ? &alu<F64<FSqrt>, double, double> : fenv_handler<FSqrt, double, 1>(r));
       return emit(h, n, klass);
     }
-    if (r != rn) {
-      if (ftz) m.fail("directed rounding with .ftz is not supported here");
-      return emit(op == "div"   ? fenv_handler<FDiv, float, 2>(r)
-                  : op == "rcp" ? fenv_handler<FRcp, float, 1>(r)
-                                : fenv_handler<FSqrt, float, 1>(r),
+    if (r != rn)
+      return emit(op == "div"   ? directed32<DDiv, 2>(r, ftz, false)
+                  : op == "rcp" ? directed32<DRcp, 1>(r, ftz, false)
+                                : directed32<DSqrt, 1>(r, ftz, false),
                   n, "special");
-    }
     return emit(op == "div"   ? f32_handler<FDiv, 2>(ftz, false)
                 : op == "rcp" ? f32_handler<FRcp, 1>(ftz, false)
                               : f32_handler<FSqrt, 1>(ftz, false),
@@ -452,7 +491,9 @@ bool decode_float(Decoder& d, const Instruction& s) {
   if (!approx) m.fail("expected .approx");
   if (half) {
     if (op != "ex2" && op != "tanh") m.fail("type ." + t + " is not supported here");
-    if (t[0] == 'b') d.require(78, 90, "ex2 and tanh of bf16");
+    const bool bf = t[0] == 'b';
+    if (bf) d.require(78, 90, "ex2 and tanh of bf16");
+    if (ftz != (bf && op == "ex2")) m.fail(ftz ? "unknown modifier '.ftz'" : "expected .ftz");
     return emit(op == "ex2" ? half_handler<FEx2, 1>(t, ftz, 0) : half_handler<FTanh, 1>(t, ftz, 0), 1,
                 "special");
   }
@@ -460,6 +501,7 @@ bool decode_float(Decoder& d, const Instruction& s) {
     if (op == "rsqrt") return emit(&alu<F64<FRsqrt>, double, double>, 1, "special");
     m.fail("type .f64 is not supported here");
   }
+  if (op == "tanh" && ftz) m.fail("unknown modifier '.ftz'");
   Handler h = op == "rsqrt" ? f32_handler<FRsqrt, 1>(ftz, false)
               : op == "sin" ? f32_handler<FSin, 1>(ftz, false)
               : op == "cos" ? f32_handler<FCos, 1>(ftz, false)

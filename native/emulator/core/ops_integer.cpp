@@ -111,6 +111,15 @@ struct Mad24Lo {
     return Add::call(Mul24Lo::call(a, b), c);
   }
 };
+struct Mad24Hi {
+  template <class T>
+  static T call(T a, T b, T c) {
+    return Add::call(Mul24Hi::call(a, b), c);
+  }
+};
+struct Mad24HiSat {
+  static int32_t call(int32_t a, int32_t b, int32_t c) { return AddSat::call(Mul24Hi::call(a, b), c); }
+};
 // Division by zero gives all ones on the hardware, the remainder gives the dividend.
 struct Div {
   template <class T>
@@ -279,6 +288,39 @@ struct Bfi {
     if (pos >= size || len == 0) return b;
     T keep = len >= size ? ~T(0) : (T(1) << len) - 1;
     return (b & ~(keep << pos)) | (a & keep) << pos;
+  }
+};
+// b bits of ones from bit a on.
+template <bool Clamp>
+struct Bmsk {
+  static uint32_t call(uint32_t a, uint32_t b) {
+    if (!Clamp) {
+      a &= 31;
+      b &= 31;
+    }
+    const uint64_t end = std::min<uint64_t>(uint64_t{a} + b, 32);
+    return a >= 32 ? 0 : static_cast<uint32_t>(((uint64_t{1} << end) - 1) & ~((uint64_t{1} << a) - 1));
+  }
+};
+// The lower b bits, extended.
+template <bool Clamp>
+struct Szext {
+  template <class T>
+  static T call(T a, uint32_t b) {
+    if (Clamp && b >= 32) return a;
+    b &= 31;
+    if (b == 0) return 0;
+    return static_cast<T>(U<T>(a) << (32 - b)) >> (32 - b);
+  }
+};
+// The n-th set bit of a mask, from bit `base` on; upwards for n > 0, downwards for n < 0.
+struct Fns {
+  static uint32_t call(uint32_t mask, uint32_t base, int32_t n) {
+    if (n == 0) return base < 32 && mask >> base & 1 ? base : ~0u;
+    const int step = n > 0 ? 1 : -1;
+    for (int64_t at = base, left = n > 0 ? n : -int64_t{n}; at >= 0 && at < 32; at += step)
+      if (mask >> at & 1 && --left == 0) return static_cast<uint32_t>(at);
+    return ~0u;
   }
 };
 void lop3(Warp& w, const Inst& in, uint32_t m) {
@@ -501,8 +543,8 @@ Handler by_compare(int c, std::index_sequence<C...>) {
 template <bool Value>
 Handler comparison(Decoder& d, const std::string& t, std::string c, bool ftz) {
   bool is_float = t == "f32" || t == "f64" || t == "f16" || t == "bf16";
-  // Unsigned aliases.
-  if (!is_float) {
+  if (t[0] == 'b' && !is_float && c != "eq" && c != "ne") d.fail("." + t + " compares by .eq and .ne alone");
+  if (t[0] == 'u') {  // aliases
     if (c == "lo") c = "lt";
     if (c == "ls") c = "le";
     if (c == "hi") c = "gt";
@@ -643,10 +685,10 @@ void unpack(Warp& w, const Inst& in, uint32_t m) {
   });
 }
 void clock_now(Warp& w, const Inst& in, uint32_t m) {
-  uint64_t v = in.mode == 1
+  uint64_t v = in.mode & 1
                    ? static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count())
                    : w.instructions * 4 + 1;
-  if (in.mode == 2) v >>= 32;
+  if (in.mode & 2) v >>= 32;
   each_lane(m, [&](int i) { w.set(in, 0, i, v); });
 }
 template <class T>
@@ -697,14 +739,21 @@ void mov(Decoder& d, const Instruction& s) {
     i.bytes = static_cast<uint8_t>(each);
   } else {
     if (from.kind == Operand::name) {
-      static const std::pair<const char*, int> clocks[] = {
-          {"%clock", 0}, {"%clock64", 0}, {"%clock_hi", 2}, {"%globaltimer", 1}, {"%globaltimer_lo", 1}};
+      static const std::pair<const char*, int> clocks[] = {{"%clock", 0},          {"%clock64", 0},
+                                                           {"%clock_hi", 2},       {"%globaltimer", 1},
+                                                           {"%globaltimer_lo", 1}, {"%globaltimer_hi", 3}};
       for (auto [name, mode] : clocks)
         if (from.text == name) {
           Inst& i = d.emit(&clock_now, "mov", {d.out(to, bytes)}, {});
           i.mode = static_cast<uint8_t>(mode);
           return;
         }
+    }
+    if (Shape wide; from.kind == Operand::name && d.special(from.text, &wide) && bytes < wide.width) {
+      // The lower part of a special register.
+      Inst& i = d.emit(&unpack, "mov", {d.out(to, bytes)}, {wide});
+      i.bytes = static_cast<uint8_t>(bytes);
+      return;
     }
     Shape in = d.in(from, t);
     d.emit(mov_width(d, bytes), "mov", {d.out(to, bytes)}, {in});
@@ -724,6 +773,7 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     std::string t = m.type();
     if (!is_integer(t)) return false;
     bool cc = m.take("cc"), sat = m.take("sat");
+    if (sat && op != "add" && op != "sub" && op != "mad") d.fail("unknown modifier '.sat'");
     auto two = [&](Handler h, const char* klass = "int") {
       m.finish();
       d.operands(3);
@@ -847,10 +897,9 @@ bool decode_integer(Decoder& d, const Instruction& s) {
   }
   if (op == "mul24" || op == "mad24") {
     std::string t = m.type(), part = m.any({"lo", "hi"});
+    const bool sg = t == "s32", sat = op == "mad24" && part == "hi" && sg && m.take("sat");
     m.finish();
-    if ((t != "u32" && t != "s32") || part.empty() || (op == "mad24" && part == "hi"))
-      d.fail("this form is not supported");
-    bool sg = t == "s32";
+    if ((t != "u32" && !sg) || part.empty()) d.fail("this form does not exist");
     if (op == "mul24") {
       Handler h =
           part == "lo"
@@ -859,10 +908,13 @@ bool decode_integer(Decoder& d, const Instruction& s) {
       d.operands(3);
       d.emit(h, "int", {d.out(d.operand(0), 4)}, {d.in(d.operand(1), t), d.in(d.operand(2), t)});
     } else {
+      Handler h = sat            ? &alu<Mad24HiSat, int32_t, int32_t, int32_t, int32_t>
+                  : part == "lo" ? (sg ? &alu<Mad24Lo, int32_t, int32_t, int32_t, int32_t>
+                                       : &alu<Mad24Lo, uint32_t, uint32_t, uint32_t, uint32_t>)
+                                 : (sg ? &alu<Mad24Hi, int32_t, int32_t, int32_t, int32_t>
+                                       : &alu<Mad24Hi, uint32_t, uint32_t, uint32_t, uint32_t>);
       d.operands(4);
-      d.emit(sg ? &alu<Mad24Lo, int32_t, int32_t, int32_t, int32_t>
-                : &alu<Mad24Lo, uint32_t, uint32_t, uint32_t, uint32_t>,
-             "int", {d.out(d.operand(0), 4)},
+      d.emit(h, "int", {d.out(d.operand(0), 4)},
              {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), t)});
     }
     return true;
@@ -912,6 +964,7 @@ bool decode_integer(Decoder& d, const Instruction& s) {
   if (op == "shl" || op == "shr") {
     std::string t = m.type();
     m.finish();
+    if (op == "shl" && t[0] != 'b') d.fail("expected a .b type");
     d.operands(3);
     d.emit(op == "shl" ? shift<Shl>(d, t) : shift<Shr>(d, t), "int",
            {d.out(d.operand(0), static_cast<int>(type_bytes(t, s.line)))},
@@ -959,7 +1012,7 @@ bool decode_integer(Decoder& d, const Instruction& s) {
     std::string t = m.type();
     m.finish();
     int bytes = static_cast<int>(type_bytes(t, s.line));
-    if (bytes < 4) d.fail("type ." + t + " is not supported here");
+    if (bytes < 4 || (t[0] == 'b') == (op == "bfe")) d.fail("type ." + t + " is not supported here");
     if (op == "bfe") {
       d.operands(4);
       Handler h = t == "u32"   ? &alu<Bfe, uint32_t, uint32_t, uint32_t, uint32_t>
@@ -976,6 +1029,29 @@ bool decode_integer(Decoder& d, const Instruction& s) {
              {d.in(d.operand(1), t), d.in(d.operand(2), t), d.in(d.operand(3), "u32"),
               d.in(d.operand(4), "u32")});
     }
+    return true;
+  }
+  if (op == "bmsk" || op == "szext") {
+    d.require(76, 70, op.c_str());
+    const std::string mode = m.any({"clamp", "wrap"}), t = m.type();
+    m.finish();
+    d.operands(3);
+    const bool clamp = mode == "clamp", sg = t == "s32", mask = op == "bmsk";
+    if (mode.empty() || (mask ? t != "b32" : t != "u32" && !sg)) d.fail("this form does not exist");
+    using u32 = uint32_t;
+    Handler h =
+        mask ? (clamp ? &alu<Bmsk<true>, u32, u32, u32> : &alu<Bmsk<false>, u32, u32, u32>)
+        : sg ? (clamp ? &alu<Szext<true>, int32_t, int32_t, u32> : &alu<Szext<false>, int32_t, int32_t, u32>)
+             : (clamp ? &alu<Szext<true>, u32, u32, u32> : &alu<Szext<false>, u32, u32, u32>);
+    d.emit(h, "int", {d.out(d.operand(0), 4)}, {d.in(d.operand(1), t), d.in(d.operand(2), "u32")});
+    return true;
+  }
+  if (op == "fns") {
+    if (m.type() != "b32") d.fail("expected fns.b32");
+    m.finish();
+    d.operands(4);
+    d.emit(&alu<Fns, uint32_t, uint32_t, uint32_t, int32_t>, "int", {d.out(d.operand(0), 4)},
+           {d.in(d.operand(1), "b32"), d.in(d.operand(2), "b32"), d.in(d.operand(3), "s32")});
     return true;
   }
   if (op == "lop3") {

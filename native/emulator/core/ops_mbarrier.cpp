@@ -39,13 +39,13 @@ void init(Warp& w, const Inst& in, uint32_t m) {
 void invalidate(Warp& w, const Inst& in, uint32_t m) {
   each_lane(m, [&](int i) { *object(w, in, i, place(w, in, i)) = 0; });
 }
-uint64_t arrive_at(Warp& w, const Inst& in, int lane, uint64_t count) {
+uint64_t arrive_at(Warp& w, const Inst& in, int lane, uint64_t count, bool drop = false) {
   uint64_t a = place(w, in, lane), *p = object(w, in, lane, a), old = *p, pending = old & kCount;
   if (count == 0 || count > pending)
     w.fail(in, lane, ReportKind::divergent_barrier, 719,
            std::to_string(count) + " arrivals at an mbarrier that waits for " + std::to_string(pending), a);
   pending -= count;
-  uint64_t expected = old >> 20 & kCount, phase = old & kPhase;
+  uint64_t expected = (old >> 20 & kCount) - (drop ? count : 0), phase = old & kPhase;
   if (pending == 0) {
     pending = expected;
     phase ^= kPhase;
@@ -58,14 +58,17 @@ uint64_t arrive_at(Warp& w, const Inst& in, int lane, uint64_t count) {
   }
   return old;
 }
-// o: [state], address, [count]
+// o: [state], address, [count]; mode bits: 1 count, 2 drop
 void arrive(Warp& w, const Inst& in, uint32_t m) {
   each_lane(m, [&](int i) {
-    uint64_t old = arrive_at(w, in, i, in.mode ? w.value(in, in.outputs + 1, i) : 1);
+    uint64_t old = arrive_at(w, in, i, in.mode & 1 ? w.value(in, in.outputs + 1, i) : 1, in.mode & 2);
     if (in.outputs) w.set(in, 0, i, old);
   });
   w.sync_memory();
 }
+struct PendingCount {
+  static uint32_t call(uint64_t state) { return static_cast<uint32_t>(state & kCount); }
+};
 // o: predicate, address, state or parity (mode 1)
 void test(Warp& w, const Inst& in, uint32_t m) {
   uint32_t r = 0;
@@ -121,7 +124,8 @@ bool decode_mbarrier(Decoder& d, const Instruction& s) {
     i.imm = imm;
     return true;
   }
-  std::string what = m.any({"init", "inval", "arrive", "test_wait", "try_wait"});
+  std::string what =
+      m.any({"init", "inval", "arrive", "arrive_drop", "test_wait", "try_wait", "pending_count"});
   if (what.empty()) m.fail("unsupported operation");
   if (what == "try_wait") d.require(78, 90, "mbarrier.try_wait");
   bool parity = m.take("parity"), nocomplete = m.take("noComplete");
@@ -131,13 +135,17 @@ bool decode_mbarrier(Decoder& d, const Instruction& s) {
   if (m.type() != "b64") m.fail("expected .b64");
   m.finish();
   if (parity && what != "test_wait" && what != "try_wait") d.fail("unknown modifier '.parity'");
-  if (what == "init" || what == "inval") {
+  if (what == "pending_count") {
+    d.operands(2);
+    d.emit(&alu<PendingCount, uint32_t, uint64_t>, "mbarrier", {d.out(d.operand(0), 4)},
+           {d.in(d.operand(1), "b64")});
+  } else if (what == "init" || what == "inval") {
     bool first = what == "init";
     d.operands(first ? 2 : 1);
     std::vector<Shape> in{d.address(d.operand(0), &space, &imm)};
     if (first) in.push_back(d.in(d.operand(1), "u32"));
     d.emit(first ? &init : &invalidate, "mbarrier", std::vector<Shape>{}, in).imm = imm;
-  } else if (what == "arrive") {
+  } else if (what == "arrive" || what == "arrive_drop") {
     d.operands(2, 3);
     bool count = d.now->operands.size() == 3;
     if (nocomplete && !count) d.fail("expected a count");
@@ -145,7 +153,7 @@ bool decode_mbarrier(Decoder& d, const Instruction& s) {
     std::vector<Shape> in{d.address(d.operand(1), &space, &imm)};
     if (count) in.push_back(d.in(d.operand(2), "u32"));
     Inst& i = d.emit(&arrive, "mbarrier", std::vector<Shape>{state}, in);
-    i.mode = count;
+    i.mode = static_cast<uint8_t>((count ? 1 : 0) | (what == "arrive_drop" ? 2 : 0));
     i.imm = imm;
   } else {
     d.operands(3, what == "try_wait" ? 4 : 3);

@@ -306,6 +306,17 @@ void store(Warp& w, const Inst& in, uint32_t m) {
   });
 }
 
+// The 128 bytes lose their content.
+void discard(Warp& w, const Inst& in, uint32_t m) {
+  each_lane(m, [&](int i) {
+    const uint64_t a = w.value(in, 0, i) + static_cast<uint64_t>(in.imm);
+    if (a & 127) w.fail(in, i, ReportKind::misaligned, 716, "discard of 128 bytes at " + hex(a), a);
+    uint8_t* init = nullptr;
+    std::memset(w.at_global(in, i, a, 128, 2, &init), 0xff, 128);
+    if (init) std::memset(init, 0, 128);
+  });
+}
+
 // cp.async: shared address, global address, [source bytes or a predicate that ignores the source]; mode 1:
 // bytes, 2: predicate.
 void copy_async(Warp& w, const Inst& in, uint32_t m) {
@@ -465,11 +476,11 @@ Space space_of(Mods& m) {
   return Space::generic;
 }
 // Modifiers that change neither the result nor what is checked.
-bool cache_hints(Mods& m) {
+bool cache_hints(Decoder& d, Mods& m) {
   m.any({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
   m.any({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate"});
   m.any({"L2::evict_normal", "L2::evict_first", "L2::evict_last"});
-  m.any({"L2::64B", "L2::128B", "L2::256B"});
+  if (!m.any({"L2::64B", "L2::128B", "L2::256B"}).empty()) d.require(74, 80, "a prefetch size");
   return m.take("L2::cache_hint");
 }
 void hint_operand(Decoder& d, size_t i) {
@@ -490,11 +501,14 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     std::string t = m.type();
     if (t == "b128") d.fail("type .b128 is not supported");
     Space space = space_of(m);
-    bool strong = m.any({"volatile", "relaxed", "acquire", "release"}) != "";
+    const std::string order = m.any({"volatile", "relaxed", st ? "release" : "acquire"});
+    const bool strong = !order.empty();
+    if (order == "volatile" && (space == Space::local || space == Space::constant || space == Space::param))
+      d.fail("unknown modifier '.volatile' for this state space");
     m.any({"cta", "cluster", "gpu", "sys"});
     m.take("weak");
     if (!st) m.take("nc");
-    bool hint = cache_hints(m);
+    bool hint = cache_hints(d, m);
     std::string v = m.any({"v2", "v4", "v8"});
     m.finish();
     int vec = v == "v2" ? 2 : v == "v4" ? 4 : v == "v8" ? 8 : 1;
@@ -541,11 +555,18 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     return true;
   }
   if (op == "prefetch" || op == "prefetchu" || op == "applypriority" || op == "discard") {
-    if (op == "discard") d.fail("discard is not supported");
-    space_of(m);
+    Space space = space_of(m);
     m.any({"L1", "L2"});
     m.any({"L2::evict_last", "L2::evict_normal"});
     m.finish();
+    if (op != "discard") return true;
+    d.require(74, 80, "discard");
+    d.operands(2);
+    if (d.operand(1).kind != Operand::integer || d.operand(1).value != 128) d.fail("expected a size of 128");
+    int64_t imm;
+    Shape base = d.address(d.operand(0), &space, &imm);
+    Inst& i = d.emit(&discard, "st.global", std::vector<Shape>{}, std::vector<Shape>{base});
+    i.imm = imm;
     return true;
   }
   if (op == "createpolicy") {
@@ -560,8 +581,12 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     return true;
   }
   if (op == "membar" || op == "fence") {
-    m.any({"sc", "acq_rel"});
-    m.any({"cta", "gl", "gpu", "sys", "cluster"});
+    if (op == "membar") {
+      m.any({"cta", "gl", "sys"});
+    } else {
+      m.any({"sc", "acq_rel"});
+      m.any({"cta", "gpu", "sys", "cluster"});
+    }
     m.finish();
     d.operands(0);
     d.emit(&fence, "fence", {}, {});
@@ -593,8 +618,7 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     std::string cache = m.any({"ca", "cg"});
     if (cache.empty()) m.fail("unknown opcode");
     if (m.any({"shared", "shared::cta"}).empty() || !m.take("global")) m.fail("expected .shared.global");
-    bool hint = m.take("L2::cache_hint");
-    m.any({"L2::64B", "L2::128B", "L2::256B"});
+    const bool hint = cache_hints(d, m);
     m.finish();
     d.operands(3, 5);
     Space shared = Space::shared, global = Space::global;
@@ -627,6 +651,7 @@ bool decode_memory(Decoder& d, const Instruction& s) {
         in.push_back(d.pred_in(o));
         mode = 2;
         negate = o.negate;
+        d.require(75, 80, "ignoring the source of cp.async");
       }
     }
     if (hint) hint_operand(d, n);
@@ -644,10 +669,13 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     bool red = op == "red";
     std::string t = m.type();
     Space space = space_of(m);
-    m.any({"relaxed", "acquire", "release", "acq_rel"});
+    if (red)
+      m.any({"relaxed", "release"});
+    else
+      m.any({"relaxed", "acquire", "release", "acq_rel"});
     m.any({"cta", "cluster", "gpu", "sys"});
     std::string o = m.any({"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"});
-    m.take("noftz");
+    const bool noftz = m.take("noftz");
     bool hint = m.take("L2::cache_hint");
     m.finish();
     static const char* ops[] = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
@@ -662,9 +690,11 @@ bool decode_memory(Decoder& d, const Instruction& s) {
     if (t == "b64") ti = u64_;
     if (oi < 0) d.fail("expected an atomic operation");
     if (ti < 0) d.fail("type ." + t + " is not supported here");
-    bool is_float = ti >= f32_ && ti <= bf16x2_;
+    bool is_float = ti >= f32_ && ti <= bf16x2_, half = ti >= f16_ && ti <= bf16x2_;
+    if (noftz != half) d.fail(half ? "expected .noftz" : "unknown modifier '.noftz'");
     if ((is_float && oi != a_add) || (ti == b16_ && oi != a_cas) ||
-        ((oi == a_inc || oi == a_dec) && ti != u32_) || (red && (oi == a_exch || oi == a_cas)))
+        ((oi == a_inc || oi == a_dec) && ti != u32_) || (oi == a_add && ti == s64_) ||
+        (red && (oi == a_exch || oi == a_cas)))
       d.fail("this form does not exist");
     if (ti == bf16_ || ti == bf16x2_) d.require(78, 90, "atomics on bf16");
     int bytes = static_cast<int>(type_bytes(t, s.line));

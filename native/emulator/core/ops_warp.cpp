@@ -393,6 +393,12 @@ bool decode_warp(Decoder& d, const Instruction& s) {
     d.emit(&trap, "trap", {}, {});
     return true;
   }
+  if (op == "pmevent") {  // a profiler's
+    m.take("mask");
+    m.finish();
+    d.operands(1);
+    return true;
+  }
   if (op == "nanosleep") {
     m.type();
     m.finish();
@@ -409,7 +415,7 @@ bool decode_warp(Decoder& d, const Instruction& s) {
       return true;
     }
     if (m.take("cluster")) m.fail("barrier.cluster is not supported");
-    m.take("cta");
+    if (m.take("cta")) d.require(78, 80, "the scope .cta of a barrier");
     std::string kind = m.any({"sync", "arrive", "red"});
     if (kind.empty()) m.fail("expected .sync, .arrive or .red");
     bool aligned = m.take("aligned") || op == "bar";
@@ -488,6 +494,8 @@ bool decode_warp(Decoder& d, const Instruction& s) {
     d.operands(3);
     Inst& i = d.emit(&redux, "redux", {d.out(d.operand(0), 4)},
                      {d.in(d.operand(1), "b32"), d.in(d.operand(2), "b32")});
+    const bool bitwise = o == "and" || o == "or" || o == "xor";
+    if (bitwise != (t == "b32")) m.fail("type ." + t + " is not supported here");
     i.mode = o == "add" ? 0 : o == "min" ? 1 : o == "max" ? 2 : o == "and" ? 3 : o == "or" ? 4 : 5;
     i.flag = t == "s32";
     return true;

@@ -21,6 +21,18 @@ bool number(const char* name, double* value) {
 
 }  // namespace
 
+bool parse_mma_sum(std::string_view name, MmaSum* mma) {
+  if (name == "exact")
+    *mma = MmaSum::exact;
+  else if (name == "hardware")
+    *mma = MmaSum::hardware;
+  else if (name == "permuted")
+    *mma = MmaSum::permuted;
+  else
+    return false;
+  return true;
+}
+
 Options options_from_environment() {
   Options options;
   double v;
@@ -30,6 +42,9 @@ Options options_from_environment() {
   if (number("MGM_EMULATOR_THREADS", &v)) options.threads = static_cast<int>(v);
   if (number("MGM_EMULATOR_SAMPLE", &v)) options.sample = static_cast<uint64_t>(v);
   if (number("MGM_EMULATOR_WATCHDOG", &v)) options.watchdog_seconds = v;
+  if (const char* name = std::getenv("MGM_EMULATOR_MMA"); name && *name && !parse_mma_sum(name, &options.mma))
+    throw std::runtime_error(
+        std::string("expected exact, hardware or permuted for MGM_EMULATOR_MMA but received '") + name + "'");
   return options;
 }
 

@@ -220,6 +220,9 @@ bool configure(Driver& d, const std::string& key, const std::string& value) {
     d.options.sample = static_cast<uint64_t>(parse_number(name.c_str(), value, "a number of blocks"));
   } else if (key == "watchdog") {
     d.options.watchdog_seconds = parse_number(name.c_str(), value, "seconds");
+  } else if (key == "mma") {
+    if (!parse_mma_sum(value, &d.options.mma))
+      bad_setting(name.c_str(), "exact, hardware or permuted", value);
   } else if (key == "order") {
     if (value == "random") {
       d.order = Order::random;

@@ -3,7 +3,7 @@
 // Environment, read at cuInit:
 //   MGM_EMULATOR_DEVICES         capability[:memory], as "80,90:4G"; "none". Default "80".
 //   MGM_EMULATOR_DRIVER_VERSION  what the driver pretends to be, as 12040 or 12.4. Default 13000.
-//   MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _SAMPLE, _WATCHDOG  see emulator.h's Options.
+//   MGM_EMULATOR_SEED, _CHECKS, _COUNTERS, _THREADS, _SAMPLE, _WATCHDOG, _MMA  see emulator.h's Options.
 //   MGM_EMULATOR_ORDER           when enqueued work runs. random (default): what somebody waits or asks for
 //                                soon, the rest at random times; lazy: only what is waited or asked for;
 //                                eager: at once.
@@ -34,8 +34,8 @@ void mgmEmulatorResetReports(void);
 // Counters of a launch as JSON, 0 the latest (64 are kept). Returns the full length or -1.
 int mgmEmulatorLaunch(int back, char* buffer, int size);
 
-// key: "seed", "checks", "counters", "threads", "sample", "watchdog", "order", "peers" or "fail", value as in
-// the environment. 0, or 1 where key or value is unknown. Holds from the next operation on.
+// key: "seed", "checks", "counters", "threads", "sample", "watchdog", "mma", "order", "peers" or "fail", value as
+// in the environment. 0, or 1 where key or value is unknown. Holds from the next operation on.
 int mgmEmulatorConfigure(const char* key, const char* value);
 
 // Operations enqueued in any stream and not yet carried out.
