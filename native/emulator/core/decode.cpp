@@ -591,6 +591,11 @@ Kernel Decoder::kernel(const Function& f) {
                         : f.has_required ? f.required[0] * f.required[1] * f.required[2]
                                          : spec_.max_threads_per_block;
   k_.info.max_threads = std::min(k_.info.max_threads, spec_.max_threads_per_block);
+  // ptxas spills rather than make a kernel that cannot be launched with the threads it is declared for.
+  if (f.max_threads || f.has_required) {
+    const int warps = (k_.info.max_threads + 31) / 32;
+    k_.info.registers = std::min(k_.info.registers, spec_.registers_per_sm / (warps * 32) / 8 * 8);
+  }
   k_.info.ptx_version = module_.version;
   k_.info.target = module_.target;
   if (auto it = module_.registers.find(f.name); it != module_.registers.end()) k_.info.registers = it->second;
