@@ -95,6 +95,10 @@ export class MgmModel {
     }
   }
 
+  /** What is computed in. */
+  get activations(): ActivationType {
+    return this.loader.activations
+  }
   get hiddenSize(): number {
     return this.config.hidden_size
   }

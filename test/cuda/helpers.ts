@@ -7,7 +7,9 @@ import { Device } from '../../lib/device.ts'
 import { native } from '../../lib/native.ts'
 import { type ActivationType, cast, type PackOptions, packLinear } from '../../lib/ops.ts'
 import type { DType, Tensor } from '../../lib/tensor.ts'
-import { expectClose, fromHalf } from '../ops/helpers.ts'
+import { expectClose, floats } from '../ops/helpers.ts'
+
+export { floats } from '../ops/helpers.ts'
 
 export const root = fileURLToPath(new URL('../..', import.meta.url))
 
@@ -71,14 +73,6 @@ export interface Cuda {
 
 function isFloat(dtype: DType): dtype is ActivationType {
   return dtype === 'f32' || dtype === 'bf16' || dtype === 'f16'
-}
-
-/** The numbers of a tensor; of floats as f32. */
-export async function floats(tensor: Tensor): Promise<Float32Array> {
-  const data = await tensor.read()
-  if (data instanceof Float32Array) return data
-  if (!isFloat(tensor.dtype)) return Float32Array.from(data)
-  return Float32Array.from(fromHalf(data as Uint16Array, tensor.dtype as 'bf16' | 'f16'))
 }
 
 function inputs(device: Device, dtype: ActivationType): Inputs {

@@ -4,8 +4,10 @@ import { openTensorFile } from '../../lib/checkpoint/weights.ts'
 import type { Device } from '../../lib/device.ts'
 import type { Observe } from '../../lib/models/loader.ts'
 import type { MgmModel } from '../../lib/models/mgm.ts'
+import { cast } from '../../lib/ops.ts'
 import { scope, type Tensor } from '../../lib/tensor.ts'
 import { FIXTURES, type Golden, readSafetensors } from '../helpers/safetensors.ts'
+import { floats } from '../ops/helpers.ts'
 
 /** An operator case: its numbers, and its parameters as a checkpoint's weights. */
 export function operatorCase(path: string): { golden: (name: string) => Golden; weights: TensorMap } {
@@ -29,7 +31,7 @@ export function upload(device: Device, { data, shape }: Golden): Tensor {
 export function recorder(): { observe: Observe; get: (name: string) => Promise<Float32Array> } {
   const reads = new Map<string, Promise<Float32Array>>()
   return {
-    observe: (name, x) => void reads.set(name, x.readF32()),
+    observe: (name, x) => void reads.set(name, floats(x)),
     get: name => {
       const read = reads.get(name)
       if (!read) throw new Error(`nothing was observed as ${name}, only ${[...reads.keys()]}`)
@@ -50,13 +52,17 @@ export interface Greedy {
 
 /**
  * The plainest possible engine: all prompts (each [P, hidden] embeddings) step together, in prefill chunks of at most
- * `chunk` tokens, over pages handed out in a scattered order.
+ * `chunk` tokens, over pages handed out in a scattered order. With `forced`, those ids are fed instead of the most likely.
  */
 export async function greedy(
   model: MgmModel,
   prompts: readonly Float32Array[],
   steps: number,
-  { chunk = Infinity, pageSize = 16 } = {},
+  {
+    chunk = Infinity,
+    pageSize = 16,
+    forced,
+  }: { chunk?: number; pageSize?: number; forced?: readonly (readonly number[])[] } = {},
 ): Promise<Greedy[]> {
   const { device, hiddenSize: hidden } = model
   const lengths = prompts.map(prompt => prompt.length / hidden)
@@ -83,9 +89,10 @@ export async function greedy(
         const row = cu!.at(-1)! * hidden
         if (prompt.length > 0) embeds.set(prompt, row)
         else {
-          const id = device.tensor(Int32Array.of(results[s]!.ids.at(-1)!), [1])
+          const last = results[s]!.ids.length - 1
+          const id = device.tensor(Int32Array.of(forced?.[s]?.[last] ?? results[s]!.ids[last]!), [1])
           const embedded = model.embed(id)
-          embeds.set(await embedded.readF32(), row)
+          embeds.set(await floats(embedded), row)
           id.dispose()
           embedded.dispose()
         }
@@ -102,7 +109,7 @@ export async function greedy(
       const logits = scope(() =>
         model.forward(
           {
-            embeds: device.tensor(embeds, [total, hidden]),
+            embeds: cast(device.tensor(embeds, [total, hidden]), model.activations),
             positions: i32(positions!),
             slots: i32(slots!),
             blockTable: i32(table, prompts.length, blocks),

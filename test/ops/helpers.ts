@@ -11,6 +11,14 @@ export function openDevice(options: { threads?: number; memoryLimit?: number } =
   return device
 }
 
+/** The numbers of a tensor; of floats as f32. */
+export async function floats(tensor: Tensor): Promise<Float32Array> {
+  const data = await tensor.read()
+  if (data instanceof Float32Array) return data
+  if (tensor.dtype !== 'bf16' && tensor.dtype !== 'f16') return Float32Array.from(data)
+  return Float32Array.from(fromHalf(data as Uint16Array, tensor.dtype))
+}
+
 export async function f32(tensor: Tensor): Promise<Float32Array> {
   return tensor.readF32()
 }
