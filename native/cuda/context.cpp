@@ -185,43 +185,57 @@ CUmodule Context::module(const char* family) {
                      driver().version % 1000 / 10, refusals.c_str()));
 }
 
-CUfunction Context::function(const Kernel& kernel, size_t param_bytes, size_t dynamic_shared) {
-  std::lock_guard lock(mutex_);
-  auto it = functions_.find({kernel.family, kernel.name});
-  if (it == functions_.end()) {
-    const KernelEntry* entry = nullptr;
-    for (const KernelEntry& known : kernel_entries())
-      if (std::string_view(known.name) == kernel.name && std::string_view(known.family) == kernel.family)
-        entry = &known;
-    if (!entry)
-      throw Error("INTERNAL", format("the kernel %s of %s was not compiled", kernel.name, kernel.family));
-    CUfunction handle;
-    const Driver& api = driver();
-    check(api.cuModuleGetFunction(&handle, module(entry->family), kernel.name), "cuModuleGetFunction");
-    int fixed = 0;
-    check(api.cuFuncGetAttribute(&fixed, kFunctionSharedStatic, handle), "cuFuncGetAttribute");
-    const size_t unasked = size_t{48} << 10, static_shared = static_cast<size_t>(fixed);
-    it = functions_
-             .emplace(std::pair{entry->family, entry->name},
-                      Function{handle, entry->param_bytes, static_shared,
-                               unasked - std::min(unasked, static_shared)})
-             .first;
+Context::Function& Context::function(const Kernel& kernel) {
+  if (const auto it = functions_.find({kernel.family, kernel.name}); it != functions_.end())
+    return it->second;
+  const KernelEntry* entry = nullptr;
+  for (const KernelEntry& known : kernel_entries())
+    if (std::string_view(known.name) == kernel.name && std::string_view(known.family) == kernel.family)
+      entry = &known;
+  if (!entry)
+    throw Error("INTERNAL", format("the kernel %s of %s was not compiled", kernel.name, kernel.family));
+  const Driver& api = driver();
+  CUfunction handle;
+  check(api.cuModuleGetFunction(&handle, module(entry->family), entry->name), "cuModuleGetFunction");
+  int static_shared = 0;
+  check(api.cuFuncGetAttribute(&static_shared, kFunctionSharedStatic, handle), "cuFuncGetAttribute");
+  const size_t own = static_cast<size_t>(static_shared), without_asking = size_t{48} << 10;
+  return functions_[{entry->family, entry->name}] = {handle, entry->param_bytes, own,
+                                                     without_asking - std::min(without_asking, own)};
+}
+
+void Context::launch(const Kernel& kernel, Grid grid, int threads, size_t dynamic_shared, const void* args,
+                     size_t bytes, CUstream stream) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;  // of an empty tensor
+  if (grid.x < 0 || grid.y < 0 || grid.z < 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    throw Error("INVALID_ARGUMENT",
+                format("expected a grid that fits a GPU for %s but received %lld x %lld x %lld", kernel.name,
+                       static_cast<long long>(grid.x), static_cast<long long>(grid.y),
+                       static_cast<long long>(grid.z)));
+  CUfunction handle;
+  {
+    std::lock_guard lock(mutex_);
+    Function& found = function(kernel);
+    if (found.param_bytes != bytes)
+      throw Error("INTERNAL", format("the kernel %s takes %zu bytes of parameters but its launcher has %zu",
+                                     kernel.name, found.param_bytes, bytes));
+    if (dynamic_shared > found.dynamic_allowed) {
+      const size_t needed = found.static_shared + dynamic_shared;
+      if (needed > info_.shared_optin)
+        throw Error("UNSUPPORTED", format("the kernel %s needs %zu bytes of shared memory but %s has %zu",
+                                          kernel.name, needed, info_.name.c_str(), info_.shared_optin));
+      check(driver().cuFuncSetAttribute(found.handle, kFunctionMaxDynamicShared,
+                                        static_cast<int>(dynamic_shared)),
+            "cuFuncSetAttribute");
+      found.dynamic_allowed = dynamic_shared;
+    }
+    handle = found.handle;
   }
-  Function& found = it->second;
-  if (found.param_bytes != param_bytes)
-    throw Error("INTERNAL", format("the kernel %s takes %zu bytes of parameters but its launcher has %zu",
-                                   kernel.name, found.param_bytes, param_bytes));
-  if (dynamic_shared > found.dynamic_allowed) {
-    if (found.static_shared + dynamic_shared > info_.shared_optin)
-      throw Error("UNSUPPORTED",
-                  format("the kernel %s needs %zu bytes of shared memory but %s has %zu", kernel.name,
-                         found.static_shared + dynamic_shared, info_.name.c_str(), info_.shared_optin));
-    check(driver().cuFuncSetAttribute(found.handle, kFunctionMaxDynamicShared,
-                                      static_cast<int>(dynamic_shared)),
-          "cuFuncSetAttribute");
-    found.dynamic_allowed = dynamic_shared;
-  }
-  return found.handle;
+  void* params[] = {const_cast<void*>(args)};
+  check(driver().cuLaunchKernel(handle, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                                static_cast<unsigned>(grid.z), static_cast<unsigned>(threads), 1, 1,
+                                static_cast<unsigned>(dynamic_shared), stream, params, nullptr),
+        kernel.name);
 }
 
 }  // namespace mgm::cuda

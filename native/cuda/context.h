@@ -50,18 +50,21 @@ class Context {
   // them through the host.
   void reach(const std::shared_ptr<Context>& peer);
 
-  // The loaded kernel, its module loaded at first use. Throws if its parameter is not of `param_bytes`.
-  CUfunction function(const Kernel& kernel, size_t param_bytes, size_t dynamic_shared);
+  // Enqueues a kernel whose only parameter is the `bytes` at `args`. Its module is loaded at first use.
+  // Throws Error("INTERNAL") for a parameter of another size than the kernel declares, Error("UNSUPPORTED")
+  // for more shared memory than the GPU has.
+  void launch(const Kernel& kernel, Grid grid, int threads, size_t dynamic_shared, const void* args,
+              size_t bytes, CUstream stream);
 
  private:
   explicit Context(DeviceInfo info);
   void retire();
-  CUmodule module(const char* family);
-
   struct Function {
     CUfunction handle;
     size_t param_bytes, static_shared, dynamic_allowed;
   };
+  CUmodule module(const char* family);
+  Function& function(const Kernel& kernel);
   DeviceInfo info_;
   CUdevice device_ = 0;
   CUcontext handle_ = nullptr;

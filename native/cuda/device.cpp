@@ -224,16 +224,13 @@ class CudaDevice final : public Device, private Queue {
       const Staging::Block block = staging_.take(count);
       std::memcpy(block.data, from + done, count);
       check(driver().cuMemcpyHtoDAsync_v2(to + done, block.data, count, stream_), "cuMemcpyHtoDAsync");
-      {
-        std::lock_guard lock(mutex_);
-        writing_ += count;
-      }
-      after([this, block, count](CUresult) {
+      const auto written = [this, block, count](CUresult) {
         staging_.give_back(block);
         std::lock_guard lock(mutex_);
         writing_ -= count;
         room_.notify_one();
-      });
+      };
+      after(written, count);
       done += count;
     }
   }
@@ -400,8 +397,8 @@ class CudaDevice final : public Device, private Queue {
 
 #define MGM_RUN(name, Args)              \
   void name(const Args& args) override { \
-    use();                               \
     require_open();                      \
+    use();                               \
     cuda::name(*this, args);             \
     if (capture_) ++capture_->ops;       \
   }
@@ -456,18 +453,8 @@ class CudaDevice final : public Device, private Queue {
 
   void launch_bytes(const Kernel& kernel, Grid grid, int threads, size_t dynamic_shared, const void* args,
                     size_t bytes) override {
-    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-      throw Error("INVALID_ARGUMENT",
-                  format("expected a grid that fits a GPU for %s but received %lld x %lld x %lld",
-                         kernel.name, static_cast<long long>(grid.x), static_cast<long long>(grid.y),
-                         static_cast<long long>(grid.z)));
-    const CUfunction function = context_->function(kernel, bytes, dynamic_shared);
-    void* params[] = {const_cast<void*>(args)};
-    const CUresult result = driver().cuLaunchKernel(
-        function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z),
-        static_cast<unsigned>(threads), 1, 1, static_cast<unsigned>(dynamic_shared),
-        capture_ ? capture_stream_ : stream_, params, nullptr);
-    check(result, kernel.name);
+    context_->launch(kernel, grid, threads, dynamic_shared, args, bytes,
+                     capture_ ? capture_stream_ : stream_);
   }
 
   static bool is_contiguous(const View& view) {
@@ -516,7 +503,9 @@ class CudaDevice final : public Device, private Queue {
     }
     if (!event)
       check(driver().cuEventCreate(&event, kEventBlockingSync | kEventDisableTiming), "cuEventCreate");
-    check(driver().cuEventRecord(event, stream_), "cuEventRecord");
+    const CUresult result = driver().cuEventRecord(event, stream_);
+    if (result != kSuccess) retire(event);
+    check(result, "cuEventRecord");
     return event;
   }
   void retire(CUevent event) {
@@ -526,9 +515,10 @@ class CudaDevice final : public Device, private Queue {
   }
 
   // Runs `then` on the waiting thread once everything enqueued so far is done.
-  void after(std::function<void(CUresult)> then) {
+  void after(std::function<void(CUresult)> then, size_t writing = 0) {
     const CUevent event = record();
     std::lock_guard lock(mutex_);
+    writing_ += writing;
     waiting_.push_back({event, std::move(then)});
     wake_.notify_one();
   }
