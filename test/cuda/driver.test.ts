@@ -172,14 +172,14 @@ describe.skipIf(!hasEmulator)('calls that the driver refuses', () => {
     [
       'cuLaunchKernel=701',
       reading,
-      /^INTERNAL .*\(701\): too many resources requested for launch, from cast_f32_bf16 in/,
+      /^INTERNAL .*\(701\): too many resources requested for launch, from cast\w* in/,
     ],
     ['cuEventCreate=2', reading, /^OUT_OF_MEMORY .* from cuEventCreate/],
     ['cuMemHostAlloc=2', reading, /^OUT_OF_MEMORY .* from cuMemHostAlloc/],
     ['cuMemcpyDtoHAsync_v2=1', reading, /^INTERNAL .* from cuMemcpyDtoHAsync/],
     ['cuEventSynchronize:2=1', reading, /^INTERNAL the GPU's work failed: CUDA_ERROR_INVALID_VALUE/],
     ['cuStreamBeginCapture_v2=900', capturing, /^INTERNAL .* from cuStreamBeginCapture/],
-    ['cuLaunchKernel=701', capturing, /^INTERNAL .* from cast_f32_bf16/],
+    ['cuLaunchKernel=701', capturing, /^INTERNAL .* from cast/],
     ['cuGraphInstantiateWithFlags=2', capturing, /^OUT_OF_MEMORY .* from cuGraphInstantiateWithFlags/],
     ['cuGraphLaunch=1', capturing, /^INTERNAL .* from cuGraphLaunch/],
   ])('%s: a typed error, and the next try works', (failure, body, message) => {

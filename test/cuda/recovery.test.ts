@@ -7,8 +7,7 @@ import { testDriver } from './helpers.ts'
 // What is left after the GPU failed. The emulator provokes each failure once, at the launch or call named here.
 const library = testDriver({
   MGM_EMULATOR_DEVICES: '80:64M,90:64M',
-  MGM_EMULATOR_FAIL:
-    'cast_f32_bf16=700,cast_f32_f16=719,cast_bf16_f32=716,cast_f16_f32=715,cast_f16_bf16=700',
+  MGM_EMULATOR_FAIL: 'cast=700,rms_norm=719,layer_norm=716,embedding=715,resize=700',
 })
 
 const lost = (message: RegExp) => ({ code: 'DEVICE_LOST', message: expect.stringMatching(message) })
@@ -67,9 +66,9 @@ describe.skipIf(library === null)('a GPU that fails', () => {
   it('is lost to all devices on it, and opened again after the last was closed', async () => {
     const [first, second] = [Device.open('cuda'), Device.open('cuda')]
     const x = second.tensor([1], [1])
-    await expect(ops.cast(first.tensor([1], [1]), 'f16').read()).rejects.toMatchObject(
-      lost(/LAUNCH_FAILED \(719\)/),
-    )
+    const y = first.tensor([1], [1, 1])
+    const normed = ops.rmsNorm(y, first.tensor([1], [1]), { eps: 0 })
+    await expect(normed.read()).rejects.toMatchObject(lost(/LAUNCH_FAILED \(719\)/))
     expect(thrown(() => ops.cast(x, 'bf16'))).toMatchObject(lost(/context died of CUDA_ERROR_LAUNCH_FAILED/))
     await expect(x.read()).rejects.toMatchObject(lost(/context died/))
     await first.close()
@@ -84,25 +83,27 @@ describe.skipIf(library === null)('a GPU that fails', () => {
 
   it('may fail while a graph replays', async () => {
     const device = Device.open('cuda')
-    const x = device.tensor(Uint16Array.of(0x3f80), [1], 'bf16')
-    const graph = device.capture(() => ops.cast(x, 'f32'))
+    const record = (on: Device) => {
+      const [x, weight, bias] = [on.tensor([5], [1, 1]), on.tensor([1], [1]), on.tensor([3], [1])]
+      return on.capture(() => ops.layerNorm(x, weight, bias, { eps: 1 }))
+    }
+    const graph = record(device)
     graph.replay()
     await expect(graph.outputs.read()).rejects.toMatchObject(lost(/MISALIGNED_ADDRESS \(716\)/))
     expect(thrown(() => graph.replay())).toMatchObject(lost(/context died/))
     graph.dispose()
     await device.close()
     const again = Device.open('cuda')
-    const y = again.tensor(Uint16Array.of(0x3f80), [1], 'bf16')
-    const second = again.capture(() => ops.cast(y, 'f32'))
+    const second = record(again)
     second.replay()
-    expect([...(await second.outputs.read())]).toEqual([1])
+    expect([...(await second.outputs.read())]).toEqual([3])
     await again.close()
   })
 
   it('may be closed before anybody knows, with reads under way', async () => {
     const device = Device.open('cuda')
-    const x = device.tensor(Uint16Array.of(0x3c00), [1], 'f16')
-    const reads = [x.read(), ops.cast(x, 'f32').read(), x.read()]
+    const x = device.tensor([1, 2], [2, 1])
+    const reads = [x.read(), ops.embedding(x, device.tensor([1], [1], 'i32')).read(), x.read()]
     const closed = device.close()
     const ends = await Promise.allSettled(reads)
     for (const end of ends.slice(1))
@@ -115,14 +116,14 @@ describe.skipIf(library === null)('a GPU that fails', () => {
 
   it('loses a capture with it', async () => {
     const device = Device.open('cuda')
-    const half = device.tensor(Uint16Array.of(0x3c00), [1], 'f16')
-    const x = ops.cast(half, 'bf16')
+    const x = device.tensor([1], [1, 1, 1, 1])
+    const larger = ops.resizeBilinear(x, 2, 2)
     await expect(async () => {
       device.capture(() => {
         // The context is found dead somewhere in here.
-        for (let i = 0; i < 1000; i++) ops.cast(half, 'f32')
+        for (let i = 0; i < 1000; i++) ops.cast(x, 'bf16')
       })
-      await x.read()
+      await larger.read()
     }).rejects.toMatchObject({ code: 'DEVICE_LOST' })
     await device.close()
     const again = Device.open('cuda')

@@ -75,7 +75,7 @@ CUresult enter(const char* name, unsigned flags, Lock& lock, std::shared_ptr<Con
     if (refused) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   }
   (void)lock;
-  const CUresult planned = d.planned_error(name);
+  const CUresult planned = d.planned_error(name, false);
   if (*context && is_sticky(planned)) (*context)->error = planned;
   return planned;
 }
@@ -294,9 +294,10 @@ CUresult Driver::initialize() {
   return devices.empty() ? CUDA_ERROR_NO_DEVICE : CUDA_SUCCESS;
 }
 
-CUresult Driver::planned_error(const std::string& name) {
+CUresult Driver::planned_error(const std::string& name, bool kernel) {
   for (auto it = planned_errors.begin(); it != planned_errors.end(); ++it) {
-    if (it->name != name || --it->count > 0) continue;
+    const bool named = kernel ? it->name == "launch" || name.rfind(it->name, 0) == 0 : it->name == name;
+    if (!named || --it->count > 0) continue;
     const CUresult error = it->error;
     planned_errors.erase(it);
     return error;

@@ -259,8 +259,8 @@ struct Table {
 
 enum class Order { random, lazy, eager };
 
-// An error that a test asked for: of the count-th call of a driver function, or launch of a kernel, of that
-// name.
+// An error that a test asked for: of the count-th call of a driver function, of that name, or launch of a
+// kernel whose name begins so.
 struct PlannedError {
   std::string name;
   int count, error;
@@ -342,7 +342,7 @@ struct Driver {
   // context.cpp
   CUresult initialize();
   void tear_down(Lock& lock, Context& context);
-  CUresult planned_error(const std::string& name);  // 0: none is due
+  CUresult planned_error(const std::string& name, bool kernel);  // 0: none is due
 
  private:
   bool run_one(Lock& lock, bool only_demanded);

@@ -145,8 +145,7 @@ CUresult kernel_work(Driver& d, const char* name, const std::shared_ptr<Function
       options = driver_state.options;
       // Every launch its own schedule, all decided by the seed.
       options.seed = driver_state.random();
-      planned = driver_state.planned_error(function->info().name);
-      if (!planned) planned = driver_state.planned_error("launch");
+      planned = driver_state.planned_error(function->info().name, true);
     }
     if (planned) {
       own.error = planned;

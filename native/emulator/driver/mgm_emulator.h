@@ -10,7 +10,7 @@
 //   MGM_EMULATOR_PEERS           1 (default): devices can reach each other's memory; 0: copies are staged.
 //   MGM_EMULATOR_FAIL            errors to provoke, each once, as "cuMemAllocAsync:3=2,rms_norm=700": the
 //                                third call of that function (as exported) fails, and the first launch of
-//                                that kernel faults; "launch" is any kernel.
+//                                a kernel whose name begins so faults; "launch" is any kernel.
 //   MGM_EMULATOR_REPORT          file that findings are appended to, a line of JSON each.
 //   MGM_EMULATOR_LAUNCHES        file that the counters of every launch are appended to, a line of JSON each.
 //   MGM_EMULATOR_TRACE=1         every call and its result on stderr.
