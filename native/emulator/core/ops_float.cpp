@@ -127,21 +127,21 @@ struct FMaxNan {
   }
 };
 
-// Directed rounding of f32: the sum is taken to odd in double, then rounded once.
+// Directed rounding of f32: the sum is taken to odd in double, then rounded once. An exact zero of terms that
+// cancel is negative where rounding is downwards.
+template <int M>
+float directed_sum(double x, double y) {
+  double s = add_odd(x, y);
+  if (s == 0) s = x == 0 && y == 0 && std::signbit(x) == std::signbit(y) ? x : M == rm ? -0.0 : 0.0;
+  return to_float(s, static_cast<Round>(M));
+}
 template <int M>
 struct DAdd {
-  static float call(float a, float b) {
-    return to_float(a + static_cast<double>(b) == 0 ? (M == rm && !(std::signbit(a) && std::signbit(b)) &&
-                                                               (a != 0 || std::signbit(a) != std::signbit(b))
-                                                           ? -0.0
-                                                           : static_cast<double>(a) + b)
-                                                    : add_odd(a, b),
-                    static_cast<Round>(M));
-  }
+  static float call(float a, float b) { return directed_sum<M>(a, b); }
 };
 template <int M>
 struct DSub {
-  static float call(float a, float b) { return DAdd<M>::call(a, -b); }
+  static float call(float a, float b) { return directed_sum<M>(a, -b); }
 };
 template <int M>
 struct DMul {
@@ -149,9 +149,7 @@ struct DMul {
 };
 template <int M>
 struct DFma {
-  static float call(float a, float b, float c) {
-    return to_float(add_odd(static_cast<double>(a) * b, c), static_cast<Round>(M));
-  }
+  static float call(float a, float b, float c) { return directed_sum<M>(static_cast<double>(a) * b, c); }
 };
 constexpr int kFe[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
 // Rare: through the host's rounding mode. The barriers keep the operation between the two mode changes.

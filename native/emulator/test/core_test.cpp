@@ -322,7 +322,9 @@ void loading() {
 }  // namespace
 
 int main() {
-  test_arithmetic();
+  test_integers();
+  test_floats();
+  test_conversions();
   test_matrices();
   test_grammar();
   control();

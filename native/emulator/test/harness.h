@@ -63,6 +63,23 @@ struct Device {
   }
 };
 
+// A kernel of one warp: each of `n` threads loads its inputs, runs `body`, stores its outputs. Inputs and
+// outputs are 32-bit registers %a, %b, %c -> %d; wide ones %la.. -> %ld.
+inline std::string lanes_kernel(const std::string& body, bool wide = false, std::string s = kHead) {
+  s += ".visible .entry k(.param .u64 pa, .param .u64 pb, .param .u64 pc, .param .u64 pd)\n{\n"
+       ".reg .b32 %r<20>; .reg .b64 %rd<20>; .reg .pred %p<8>; .reg .b32 %a, %b, %c, %d; .reg .b64 %la, %lb, "
+       "%lc, %ld; .reg .b16 %h<8>; .reg .f32 %f<8>; .reg .f64 %fd<8>;\n"
+       "ld.param.u64 %rd1, [pa]; ld.param.u64 %rd2, [pb]; ld.param.u64 %rd3, [pc]; ld.param.u64 %rd4, [pd];\n"
+       "mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; mov.u32 %r3, %ntid.x; mad.lo.u32 %r1, %r2, %r3, %r1;\n";
+  std::string size = wide ? "8" : "4", type = wide ? "b64" : "b32", l = wide ? "l" : "";
+  for (int i = 1; i <= 4; ++i)
+    s += "mad.wide.u32 %rd" + std::to_string(i) + ", %r1, " + size + ", %rd" + std::to_string(i) + ";\n";
+  s += "ld.global." + type + " %" + l + "a, [%rd1]; ld.global." + type + " %" + l + "b, [%rd2]; ld.global." +
+       type + " %" + l + "c, [%rd3];\n";
+  s += body + "\nst.global." + type + " [%rd4], %" + l + "d;\nret;\n}\n";
+  return s;
+}
+
 // The value of a float of that layout, by arithmetic on its fields.
 inline double half_value(uint32_t h, int exponent_bits, int mantissa_bits) {
   int e = h >> mantissa_bits & ((1 << exponent_bits) - 1), m = h & ((1 << mantissa_bits) - 1),
@@ -74,8 +91,10 @@ inline double half_value(uint32_t h, int exponent_bits, int mantissa_bits) {
 }
 
 // The parts.
-void test_arithmetic();  // every instruction that computes, lane by lane
-void test_matrices();    // ldmatrix and mma.sync
-void test_grammar();     // each form of tier A against ptxas
+void test_integers();
+void test_floats();
+void test_conversions();
+void test_matrices();  // ldmatrix and mma.sync
+void test_grammar();   // each form of tier A against ptxas
 
 }  // namespace mgm::emulator::test
