@@ -2,10 +2,9 @@
 
 #include <string>
 
-#include "../../runtime/error.h"
 #include "../../runtime/tensor.h"
 #include "../launch.h"
-#include "linear.h"
+#include "gemm_launch.h"
 
 namespace mgm::cuda {
 namespace {
@@ -19,11 +18,9 @@ bool rows_start_on(int64_t bytes, const void* data, int64_t stride_bytes) {
 
 void embedding(Queue& queue, const EmbeddingArgs& args) {
   const View &table = args.table, &out = args.out;
-  if (table.dtype == DType::int8 || table.dtype == DType::int4)
-    throw Error("UNSUPPORTED",
-                format("[embedding] has no CUDA kernel for %s tables yet", dtype_name(table.dtype)));
+  if (table.layout != Layout::strided) return packed_rows(queue, args);
   const int64_t width = table.shape[1];
-  const int64_t stride = table.layout == Layout::strided ? table.strides[0] : packed_stride(width);
+  const int64_t stride = table.strides[0];
   const auto bytes = [](const View& view, int64_t elements) {
     return elements * static_cast<int64_t>(dtype_size(view.dtype));
   };

@@ -1,4 +1,4 @@
-// Row gathers: token embeddings from a plain table or bf16 and f16 panels (whose rows lie in order), and the
+// Row gathers: token embeddings from a plain table (packed ones: pack.cu), and the
 // splice of image rows among text rows. A block is a row; each byte is read and written once, in vectors of
 // 16 bytes of the wider type. An index out of range gives zeros and a fault.
 #include "common.cuh"

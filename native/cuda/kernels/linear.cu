@@ -1,178 +1,131 @@
-// out = residual + scale * act(x W^T + bias) on the tensor cores: bf16 operands, f32 accumulation.
+// out = residual + scale * act(x W^T + bias) (gemm.cuh).
 //
-// x [M, K] and W [N, K] are both row-major along K, which is what mma.sync m16n8k16 wants of its row and
-// column operands. A block computes a tile; slices of K stream through shared memory, kStages deep, by
-// cp.async. Rows of a slice are 64 bytes; their four 16-byte pieces are permuted by the row's number so that
-// the eight rows an ldmatrix reads fall into different banks. Every result sums its products in the order of
-// K, one mma after the other, whatever the tile: a row's bits do not depend on M.
+// At least 2 M N K FLOP and, in bytes, 2 M K + w N K + 2 M N, w being 2, 1.06 or 0.63. A tile of m x n reads
+// M K N (2 / n + w / m) bytes.
 //
-// At least 2 M N K FLOP and 2 (M K + N K) + 4 M N bytes; a large tile reads M K N (1/128 + 1/128) * 2 bytes.
+// Up to 16 rows (decode): bound by the bytes of W, each of which is read once. A warp owns one panel and
+// walks along it; nothing but the panel's own copies limits it, and some 7 KiB of them a warp are under way
+// at any time. The price of results that do not depend on M is that K cannot be split: one warp adds up a
+// panel's products in order, which takes K / 16 dependent mma (some 33 cycles each on an A100: 6 us for K =
+// 4096, while 22 us of weights pass if N = 4096).
+#include "gemm.cuh"
 #include "linear.h"
-#include "mma.cuh"
 
 namespace mgm::cuda {
 namespace {
 
-template <int kRows, int kThreads>
-__device__ __forceinline__ void load_slice(uint32_t to, const uint16_t* from, int64_t first, int64_t rows,
-                                           int64_t k, int64_t width) {
-#pragma unroll
-  for (int i = 0; i < kRows * 4 / kThreads; ++i) {
-    const int at = static_cast<int>(threadIdx.x) + i * kThreads, row = at >> 2, piece = at & 3;
-    const bool valid = first + row < rows && k + piece * 8 < width;
-    copy_async(to + swizzled<kTileK / 8>(row, piece),
-               valid ? from + (first + row) * width + k + piece * 8 : from, valid ? 16 : 0);
-  }
+extern __shared__ __align__(128) unsigned char shared[];
+
+template <class T, WeightType kWeights, TileName kTile>
+__device__ __forceinline__ void multiply_tile(const LinearParams& p) {
+  constexpr int kPanels = kTiles[kTile].n / kPanelRows;
+  const int first_row = blockIdx.x * kTiles[kTile].m, first_panel = blockIdx.y * kPanels;
+  StridedRows<kTile> x(p.x, p.x_stride, first_row, p.m, p.k);
+  PanelBlocks<kTile, kWeights> w(p.w, first_panel, p.panels, p.blocks);
+  Accumulators<kTile> sums;
+  multiply<T, kWeights, kTile>(sums, x, w, p.blocks, shared_address(shared));
+  finish<T, kTile>(p.epilogue, sums, reinterpret_cast<float*>(shared),
+                   first_output<kTile>(p.epilogue, blockIdx.y),
+                   [&](int row) { return first_row + row < p.m ? first_row + row : -1; });
 }
 
-__device__ __forceinline__ float sigmoid_times(float x, float u) {
-  return x / (1.0f + expf(-u));
-}
-
-// The values of mgm::Activation.
-__device__ __forceinline__ float activate(float x, int activation) {
-  switch (activation) {
-    case 1:
-      return 0.5f * x * erfcf(-0.70710678118654752f * x);
-    case 2:
-      return sigmoid_times(x, 1.5957691216057308f * fmaf(0.044715f * x * x, x, x));
-    case 3:
-      return sigmoid_times(x, 1.702f * x);
-    case 4:
-      return sigmoid_times(x, x);
-    default:
-      return x;
-  }
-}
-
-template <int kM, int kN, int kWarpsM, int kWarpsN>
-__device__ void multiply(const LinearParams& p) {
-  constexpr int kThreads = kWarpsM * kWarpsN * 32;
-  constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
-  constexpr int kBlocksM = kWarpM / 16, kBlocksN = kWarpN / 8;
-  constexpr uint32_t kSliceX = kM * kTileK * 2, kStage = (kM + kN) * kTileK * 2;
-  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "a warp's tile is whole pairs of mma tiles");
-  static_assert(kM * kN * 4 <= kStages * kStage, "the result's tile fits the stages");
-  static_assert(kM * 4 % kThreads == 0 && kN * 4 % kThreads == 0, "copies divide evenly");
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t base = shared_address(shared);
+template <class T, WeightType kWeights>
+__device__ __forceinline__ void multiply_few(const LinearParams& p) {
+  constexpr int kStages = kTiles[kFew].stages, kPanels = kTiles[kFew].n / kPanelRows;
+  constexpr int kColumns = few_columns(kWeights), kBlocks = kColumns / kBlockK;
+  constexpr int kBytes = kBlocks * block_bytes(kWeights);  // of W in a stage
+  constexpr int kPieces = kColumns / 8;                    // of a row of x in a stage
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_m = warp / kWarpsN * kWarpM, warp_n = warp % kWarpsN * kWarpN;
-  const int64_t first_m = static_cast<int64_t>(blockIdx.x) * kM,
-                first_n = static_cast<int64_t>(blockIdx.y) * kN;
+  const uint32_t stage_bytes = few_stage_bytes(kWeights, p.m);
+  const uint32_t begin = shared_address(shared) + warp * kStages * stage_bytes,
+                 end = begin + kStages * stage_bytes;
 
-  const int steps = static_cast<int>((p.k + kTileK - 1) / kTileK);
-  const auto load = [&](int step) {
-    const uint32_t stage = base + static_cast<uint32_t>(step % kStages) * kStage;
-    const int64_t k = static_cast<int64_t>(step) * kTileK;
-    load_slice<kM, kThreads>(stage, p.x, first_m, p.m, k, p.k);
-    load_slice<kN, kThreads>(stage + kSliceX, p.w, first_n, p.n, k, p.k);
+  // Copies: the warp's panel from end to end, and the same columns of every row of x.
+  const int panel = min(static_cast<int>(blockIdx.x) * kPanels + warp, p.panels - 1);
+  const int64_t panel_size = static_cast<int64_t>(p.blocks) * block_bytes(kWeights);
+  const uint8_t* w_from = p.w + panel * panel_size + lane * 16;
+  int64_t w_left = panel_size - lane * 16;
+  const int row = lane / kPieces, piece = lane % kPieces;
+  const uint16_t* x_from = static_cast<const uint16_t*>(p.x) + row * p.x_stride + piece * 8;
+  int x_left = p.k - piece * 8;
+  const auto copy = [&](uint32_t stage) {
+#pragma unroll
+    for (int i = 0; i < kBytes; i += 512)
+      if (i + 512 <= kBytes || lane * 16 < kBytes - i)
+        copy_async(stage + lane * 16 + i, w_from + i, w_left > i ? 16 : 0);
+    for (int r = row; r < p.m; r += 32 / kPieces)
+      copy_async_cached(stage + kBytes + swizzled<kPieces>(r, piece), x_from + (r - row) * p.x_stride,
+                        x_left > 0 ? 16 : 0);
+    commit_copies();
+    w_from += kBytes, w_left -= kBytes;
+    x_from += kColumns, x_left -= kColumns;
   };
 
-  float c[kBlocksM][kBlocksN][4] = {};
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) load(step);
-    commit_copies();
-  }
-  for (int step = 0; step < steps; ++step) {
-    // The slice has arrived, and everyone is done with the one that the next copy overwrites.
+  float c[4] = {};
+  const int x_row = min(lane % 16, p.m - 1);  // rows past the last repeat it
+  for (int i = 0; i < kStages - 1; ++i) copy(begin + i * stage_bytes);
+  uint32_t read = begin, write = end - stage_bytes;
+  for (int block = 0; block < p.blocks; block += kBlocks) {
     wait_copies<kStages - 2>();
-    __syncthreads();
-    if (step + kStages - 1 < steps) load(step + kStages - 1);
-    commit_copies();
-
-    const uint32_t x_at = base + static_cast<uint32_t>(step % kStages) * kStage, w_at = x_at + kSliceX;
+    __syncwarp();
+    copy(write);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t a[kBlocksM][4], b[kBlocksN / 2][4];
+    for (int i = 0; i < kBlocks; ++i) {
+      if (block + i >= p.blocks) break;
+      Weights<T, kWeights> packed;
+      packed.load(read + i * block_bytes(kWeights), lane);
+      uint32_t b[4], a[2][4];
 #pragma unroll
-      for (int i = 0; i < kBlocksM; ++i)
-        load_matrices(a[i], x_at + swizzled<kTileK / 8>(warp_m + i * 16 + lane % 16, half * 2 + lane / 16));
-#pragma unroll
-      for (int j = 0; j < kBlocksN / 2; ++j)
-        load_matrices(b[j], w_at + swizzled<kTileK / 8>(warp_n + j * 16 + lane % 8 + lane / 16 * 8,
-                                                        half * 2 + lane / 8 % 2));
-#pragma unroll
-      for (int i = 0; i < kBlocksM; ++i)
-#pragma unroll
-        for (int j = 0; j < kBlocksN; ++j)
-          multiply_add<__nv_bfloat16>(c[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      for (int half = 0; half < 2; ++half)
+        load_matrices(a[half], read + kBytes + swizzled<kPieces>(x_row, i * 4 + half * 2 + lane / 16));
+      packed.unpack(b);
+      multiply_add<T>(c, a[0], b[0], b[1]);
+      multiply_add<T>(c, a[1], b[2], b[3]);
     }
+    write = read;
+    read += stage_bytes;
+    if (read == end) read = begin;
   }
   wait_copies<0>();
   __syncthreads();
 
-  // The tile to shared memory, columns permuted by row against bank conflicts. A thread holds two
-  // neighbouring columns of two rows of each mma tile.
   float* tile = reinterpret_cast<float*>(shared);
-  const auto at = [](int row, int column) { return row * kN + (column ^ (row & 3) * 8); };
+  constexpr int kN = kTiles[kFew].n;
 #pragma unroll
-  for (int i = 0; i < kBlocksM; ++i)
-#pragma unroll
-    for (int j = 0; j < kBlocksN; ++j)
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int row = warp_m + i * 16 + lane / 4 + pair * 8, column = warp_n + j * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(tile + at(row, column)) =
-            make_float2(c[i][j][pair * 2], c[i][j][pair * 2 + 1]);
-      }
+  for (int i = 0; i < 4; ++i)
+    tile[result_at<kN>(lane / 4 + i / 2 * 8, warp * kPanelRows + lane % 4 * 2 + i % 2)] = c[i];
   __syncthreads();
-
-  // Epilogue, in whole rows.
-  const int64_t outputs = p.gated ? p.n / 2 : p.n;
-  const int per_output = p.gated ? 2 : 1, width = kN / per_output;
-  for (int i = threadIdx.x; i < kM * width; i += kThreads) {
-    const int tile_row = i / width, tile_column = i - tile_row * width;
-    const int64_t row = first_m + tile_row, column = first_n / per_output + tile_column;
-    if (row >= p.m || column >= outputs) continue;
-    float value;
-    if (p.gated) {
-      const float2 both = *reinterpret_cast<const float2*>(tile + at(tile_row, tile_column * 2));
-      const float gate = both.x + (p.bias ? p.bias[column] : 0.0f);
-      const float up = both.y + (p.bias ? p.bias[outputs + column] : 0.0f);
-      value = activate(gate, p.activation) * up;
-    } else {
-      const float sum = tile[at(tile_row, tile_column)];
-      value = activate(sum + (p.bias ? p.bias[column] : 0.0f), p.activation);
-    }
-    if (p.scale) value *= p.scale[column];
-    if (p.residual) value += p.residual[row % p.residual_rows * p.residual_stride + column];
-    p.out[row * outputs + column] = value;
-  }
-}
-
-// Rows of x as bf16 at their place in the packed matrix, padded with zeros. A block is a row.
-template <class T>
-__device__ void pack(const PackParams& p) {
-  const int64_t row = blockIdx.x, at = p.first + row;
-  const int64_t to = p.gates == 0 ? at : at < p.gates ? 2 * at : 2 * (at - p.gates) + 1;
-  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-  __nv_bfloat16* out = reinterpret_cast<__nv_bfloat16*>(p.out) + to * p.stride;
-  for (int64_t i = threadIdx.x; i < p.stride; i += kPackThreads)
-    out[i] = from_float<__nv_bfloat16>(i < p.k ? to_float(x[i]) : 0.0f);
+  finish_elements<T, kTiles[kFew].m, kN, threads_of(kFew)>(
+      p.epilogue, tile, first_output<kFew>(p.epilogue, blockIdx.x), [&](int r) { return r < p.m ? r : -1; });
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(threads_of(kLargeTile))
-    linear_large(const __grid_constant__ LinearParams p) {
-  multiply<kLargeTile.m, kLargeTile.n, kLargeTile.warps_m, kLargeTile.warps_n>(p);
-}
+#define MULTIPLY_TILE(name, T, weights, tile, blocks)                    \
+  extern "C" __global__ void __launch_bounds__(threads_of(tile), blocks) \
+      name(const __grid_constant__ LinearParams p) {                     \
+    multiply_tile<T, weights, tile>(p);                                  \
+  }
+#define MULTIPLY(name, T, weights)                               \
+  MULTIPLY_TILE(name##_large, T, weights, kLarge, 2)             \
+  MULTIPLY_TILE(name##_small, T, weights, kSmall, 4)             \
+  MULTIPLY_TILE(name##_thin, T, weights, kThin, 4)               \
+  extern "C" __global__ void __launch_bounds__(threads_of(kFew)) \
+      name##_few(const __grid_constant__ LinearParams p) {       \
+    multiply_few<T, weights>(p);                                 \
+  }
+MULTIPLY(linear_bf16, __nv_bfloat16, WeightType::half)
+MULTIPLY(linear_bf16_int8, __nv_bfloat16, WeightType::int8)
+MULTIPLY(linear_bf16_int4, __nv_bfloat16, WeightType::int4)
+MULTIPLY(linear_f16, __half, WeightType::half)
+MULTIPLY(linear_f16_int8, __half, WeightType::int8)
+MULTIPLY(linear_f16_int4, __half, WeightType::int4)
 
-extern "C" __global__ void __launch_bounds__(threads_of(kSmallTile))
-    linear_small(const __grid_constant__ LinearParams p) {
-  multiply<kSmallTile.m, kSmallTile.n, kSmallTile.warps_m, kSmallTile.warps_n>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(kPackThreads) pack_f32(const __grid_constant__ PackParams p) {
-  pack<float>(p);
-}
-extern "C" __global__ void __launch_bounds__(kPackThreads) pack_bf16(const __grid_constant__ PackParams p) {
-  pack<__nv_bfloat16>(p);
-}
-extern "C" __global__ void __launch_bounds__(kPackThreads) pack_f16(const __grid_constant__ PackParams p) {
-  pack<__half>(p);
+extern "C" __global__ void __launch_bounds__(kAlignThreads)
+    align_rows(const __grid_constant__ AlignParams p) {
+  const int64_t row = blockIdx.x;
+  for (int i = threadIdx.x; i < p.width; i += kAlignThreads)
+    p.out[row * p.width + i] = i < p.k ? p.x[row * p.x_stride + i] : 0;
 }
 
 }  // namespace mgm::cuda

@@ -17,6 +17,10 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
 }
+// The same through L1, for what other warps of the multiprocessor read too.
+__device__ __forceinline__ void copy_async_cached(uint32_t to, const void* from, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+}
 // The same for 4 or 8 bytes, through L1.
 template <int kBytes>
 __device__ __forceinline__ void copy_async_small(uint32_t to, const void* from, int valid = kBytes) {

@@ -82,7 +82,10 @@ int main(int argc, char** argv) {
               seconds_since(parsing));
 
   constexpr int kSize = 256;
-  constexpr mgm::cuda::Tile kTile = mgm::cuda::kSmallTile;
+  constexpr mgm::cuda::Tile kTile = mgm::cuda::kTiles[mgm::cuda::kSmall];
+  constexpr unsigned kGrid[] = {unsigned{kSize} / kTile.m, unsigned{kSize} / kTile.n};
+  constexpr auto kThreads = static_cast<unsigned>(mgm::cuda::threads_of(mgm::cuda::kSmall));
+  constexpr int kShared = mgm::cuda::tile_shared_bytes(mgm::cuda::kSmall, mgm::cuda::WeightType::half);
   Pointer x = 0, w = 0, out = 0;
   call("cuMemAlloc_v2", &x, size_t{kSize * kSize * 2});
   call("cuMemAlloc_v2", &w, size_t{kSize * kSize * 2});
@@ -91,16 +94,20 @@ int main(int argc, char** argv) {
   call("cuMemcpyHtoD_v2", x, static_cast<const void*>(ones.data()), ones.size() * 2);
   call("cuMemcpyHtoD_v2", w, static_cast<const void*>(ones.data()), ones.size() * 2);
   void* kernel = nullptr;
-  call("cuModuleGetFunction", &kernel, linear, "linear_small");
+  call("cuModuleGetFunction", &kernel, linear, "linear_bf16_small");
   constexpr int kMaxDynamicShared = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-  call("cuFuncSetAttribute", kernel, kMaxDynamicShared, mgm::cuda::shared_bytes(kTile));
+  call("cuFuncSetAttribute", kernel, kMaxDynamicShared, kShared);
 
   mgm::cuda::LinearParams params{};
-  params.x = reinterpret_cast<const uint16_t*>(x);
-  params.w = reinterpret_cast<const uint16_t*>(w);
-  params.out = reinterpret_cast<float*>(out);
-  params.m = params.n = params.k = kSize;
-  params.residual_rows = 1;
+  params.x = reinterpret_cast<const void*>(x);
+  params.w = reinterpret_cast<const uint8_t*>(w);  // all ones: in any order
+  params.x_stride = params.m = params.k = kSize;
+  params.panels = static_cast<int>(mgm::cuda::panels_of(kSize, false));
+  params.blocks = static_cast<int>(mgm::cuda::blocks_of(kSize));
+  params.epilogue.out = reinterpret_cast<void*>(out);
+  params.epilogue.outputs = kSize;
+  params.epilogue.residual_rows = 1;
+  params.epilogue.out_f32 = params.epilogue.aligned = true;
   void* arguments[] = {&params};
   configure("threads", "1");
   for (const char* checks : {"0", "1"}) {
@@ -108,19 +115,15 @@ int main(int argc, char** argv) {
     double best = 1e9;
     for (int round = 0; round < 3; ++round) {
       const auto start = std::chrono::steady_clock::now();
-      call("cuLaunchKernel", kernel, unsigned{kSize / kTile.m}, unsigned{kSize / kTile.n}, 1u,
-           static_cast<unsigned>(mgm::cuda::threads_of(kTile)), 1u, 1u,
-           static_cast<unsigned>(mgm::cuda::shared_bytes(kTile)), static_cast<void*>(nullptr), arguments,
-           static_cast<void**>(nullptr));
+      call("cuLaunchKernel", kernel, kGrid[0], kGrid[1], 1u, kThreads, 1u, 1u, static_cast<unsigned>(kShared),
+           static_cast<void*>(nullptr), arguments, static_cast<void**>(nullptr));
       call("cuCtxSynchronize");
       best = std::fmin(best, seconds_since(start));
     }
     // One more launch with counters, not timed, tells how many warp instructions that was.
     configure("counters", "1");
-    call("cuLaunchKernel", kernel, unsigned{kSize / kTile.m}, unsigned{kSize / kTile.n}, 1u,
-         static_cast<unsigned>(mgm::cuda::threads_of(kTile)), 1u, 1u,
-         static_cast<unsigned>(mgm::cuda::shared_bytes(kTile)), static_cast<void*>(nullptr), arguments,
-         static_cast<void**>(nullptr));
+    call("cuLaunchKernel", kernel, kGrid[0], kGrid[1], 1u, kThreads, 1u, 1u, static_cast<unsigned>(kShared),
+         static_cast<void*>(nullptr), arguments, static_cast<void**>(nullptr));
     call("cuCtxSynchronize");
     configure("counters", "0");
     std::string json(1 << 16, '\0');

@@ -1,0 +1,462 @@
+// The matrix product behind linear, conv2d and grouped_linear on the tensor cores: x [M, K] of bf16 or f16,
+// packed weights [N, K] (gemm.h), f32 accumulation.
+//
+// A block computes a tile. Slices of kBlockK columns stream through shared memory by cp.async; fragments of x
+// come by ldmatrix from swizzled rows, those of W, which are packed as fragments, by one plain load each,
+// while the fragments before them are multiplied. The result goes through shared memory once, and out in
+// whole rows.
+//
+// Every result sums its products by mma.sync m16n8k16, x the first operand, one after the other in the order
+// of K, padded to whole blocks, whatever the tile and the place in it: its bits depend on its row of x and
+// its column of W alone.
+#pragma once
+#include "gemm.h"
+#include "mma.cuh"
+
+namespace mgm::cuda {
+
+// -- weights --
+
+// What a lane holds of a panel's block: b[0], b[1] are its operand of the first sixteen columns, b[2], b[3]
+// of the rest.
+template <class T, WeightType kWeights>
+struct Weights;
+
+template <class T>
+struct Weights<T, WeightType::half> {
+  uint32_t b[4];
+  // `block`: shared address of a block.
+  __device__ __forceinline__ void load(uint32_t block, int lane) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(block + lane * 16)
+                 : "memory");
+  }
+  __device__ __forceinline__ void unpack(uint32_t (&to)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = b[i];
+  }
+};
+
+// Integers become f32 by being put into the mantissa of a power of two, which an fma takes away again: the
+// products with f16 scales that this needs are exact.
+template <class T>
+struct Weights<T, WeightType::int8> {
+  uint32_t q[2];
+  uint32_t scale;
+  __device__ __forceinline__ void load(uint32_t block, int lane) {
+    uint16_t half;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(q[0]), "=r"(q[1])
+                 : "r"(block + lane * 8)
+                 : "memory");
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(block + 256 + lane / 4 * 2) : "memory");
+    scale = half;
+  }
+  __device__ __forceinline__ void unpack(uint32_t (&to)[4]) const {
+    const float s = unpack_two<__half>(scale).x, offset = -(32768.0f + 128.0f) * s;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t biased = q[i / 2] ^ 0x80808080u;
+      const int byte = i % 2 * 2;
+      const float low = __uint_as_float(__byte_perm(biased, 0x47000000u, 0x7604u | byte << 4));
+      const float high = __uint_as_float(__byte_perm(biased, 0x47000000u, 0x7604u | (byte + 1) << 4));
+      to[i] = pack_two<T>(fmaf(low, s, offset), fmaf(high, s, offset));
+    }
+  }
+};
+
+template <class T>
+struct Weights<T, WeightType::int4> {
+  uint32_t q, scale_min;
+  __device__ __forceinline__ void load(uint32_t block, int lane) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q) : "r"(block + lane * 4) : "memory");
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale_min) : "r"(block + 128 + lane / 4 * 4) : "memory");
+  }
+  __device__ __forceinline__ void unpack(uint32_t (&to)[4]) const {
+    const float2 both = unpack_two<__half>(scale_min);
+    const float s = both.x, at_12 = fmaf(-2048.0f, s, both.y), at_16 = fmaf(-128.0f, s, both.y);
+    // A nibble in bits 12 to 15 of 2048.0f, or in bits 16 to 19 of 128.0f, counts ones.
+    const auto from_12 = [&](uint32_t word) {
+      return fmaf(__uint_as_float((word & 0x0000f000u) | 0x45000000u), s, at_12);
+    };
+    const auto from_16 = [&](uint32_t word) {
+      return fmaf(__uint_as_float((word & 0x000f0000u) | 0x43000000u), s, at_16);
+    };
+    to[0] = pack_two<T>(from_16(q << 16), from_12(q << 8));
+    to[1] = pack_two<T>(from_16(q << 8), from_12(q));
+    to[2] = pack_two<T>(from_16(q), from_12(q >> 8));
+    to[3] = pack_two<T>(from_16(q >> 8), from_12(q >> 16));
+  }
+};
+
+// -- copies to shared memory --
+
+// A loader of x copies one slice, rows [kM][kBlockK] swizzled<4>, a call; what is past K becomes zeros. This
+// one: rows `stride` elements apart, all on 16 bytes, K a multiple of 8. Rows past the last repeat it: nobody
+// stores their results.
+template <TileName kTile>
+class StridedRows {
+ public:
+  __device__ __forceinline__ StridedRows(const void* x, int64_t stride, int first, int rows, int k) {
+    const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i)
+      from_[i] =
+          static_cast<const uint16_t*>(x) + min(first + row + i * kStep, rows - 1) * stride + piece * 8;
+    left_ = k - piece * 8;
+    to_ = swizzled<4>(row, piece);
+  }
+  __device__ __forceinline__ void copy(uint32_t slice) {
+    const int valid = left_ > 0 ? 16 : 0;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      copy_async(slice + to_ + i * kStep * kBlockK * 2, from_[i], valid);
+      from_[i] += kBlockK;
+    }
+    left_ -= kBlockK;
+  }
+
+ private:
+  static constexpr int kStep = threads_of(kTile) / 4, kCopies = kTiles[kTile].m / kStep;
+  static_assert(kStep % 8 == 0 && kTiles[kTile].m % kStep == 0, "copies divide evenly, and swizzle alike");
+  const uint16_t* from_[kCopies];
+  uint32_t to_;
+  int left_;
+};
+
+// One block of each of the tile's panels a call. Panels past the last repeat it.
+template <TileName kTile, WeightType kWeights>
+class PanelBlocks {
+ public:
+  __device__ __forceinline__ PanelBlocks(const uint8_t* w, int first, int panels, int blocks)
+      : left_(blocks) {
+    const int64_t stride = static_cast<int64_t>(blocks) * block_bytes(kWeights);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int at = threadIdx.x + i * threads_of(kTile);
+      from_[i] = w + min(first + at / kPieces, panels - 1) * stride + at % kPieces * 16;
+    }
+  }
+  __device__ __forceinline__ void copy(uint32_t slice) {
+    const int valid = left_ > 0 ? 16 : 0;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int at = threadIdx.x + i * threads_of(kTile);
+      if (kAll % threads_of(kTile) == 0 || at < kAll) copy_async(slice + at * 16, from_[i], valid);
+      from_[i] += block_bytes(kWeights);
+    }
+    --left_;
+  }
+
+ private:
+  static constexpr int kPieces = block_bytes(kWeights) / 16, kAll = kTiles[kTile].n / kPanelRows * kPieces;
+  static constexpr int kCopies = (kAll + threads_of(kTile) - 1) / threads_of(kTile);
+  const uint8_t* from_[kCopies];
+  int left_;
+};
+
+// -- the product --
+
+// A warp's part of the tile, in the order of mma.sync's accumulators.
+template <TileName kTile>
+struct Accumulators {
+  static constexpr int kRows = kTiles[kTile].m / kTiles[kTile].warps_m / 16;
+  static constexpr int kColumns = kTiles[kTile].n / kTiles[kTile].warps_n / 8;
+  float c[kRows][kColumns][4] = {};
+
+  static __device__ __forceinline__ int first_row() {
+    return static_cast<int>(threadIdx.x) / 32 / kTiles[kTile].warps_n * kRows * 16;
+  }
+  static __device__ __forceinline__ int first_column() {
+    return static_cast<int>(threadIdx.x) / 32 % kTiles[kTile].warps_n * kColumns * 8;
+  }
+};
+
+template <class T, WeightType kWeights, TileName kTile, class Rows>
+__device__ __forceinline__ void multiply(Accumulators<kTile>& sums, Rows& x, PanelBlocks<kTile, kWeights>& w,
+                                         int blocks, uint32_t shared) {
+  constexpr int kStages = kTiles[kTile].stages;
+  constexpr uint32_t kSliceX = kTiles[kTile].m * kBlockK * 2, kSlice = slice_bytes(kTile, kWeights);
+  constexpr int kRows = Accumulators<kTile>::kRows, kColumns = Accumulators<kTile>::kColumns;
+  const int lane = threadIdx.x % 32;
+  const uint32_t end = shared + kStages * kSlice;
+  uint32_t read = shared, write = shared + (kStages - 1) * kSlice;
+
+  // From the start of a slice: x of the first and the second sixteen columns, and W.
+  const uint32_t x_row = Accumulators<kTile>::first_row() + lane % 16;
+  const uint32_t x_at[2] = {swizzled<4>(x_row, lane / 16), swizzled<4>(x_row, 2 + lane / 16)};
+  const uint32_t w_at = kSliceX + Accumulators<kTile>::first_column() / kPanelRows * block_bytes(kWeights);
+  uint32_t a[2][kRows][4], b[kColumns][4];
+  const auto load_x = [&](int half) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) load_matrices(a[half][i], read + x_at[half] + i * 16 * kBlockK * 2);
+  };
+
+  for (uint32_t slice = shared; slice != write; slice += kSlice) {
+    x.copy(slice);
+    w.copy(slice + kSliceX);
+    commit_copies();
+  }
+  wait_copies<kStages - 2>();
+  __syncthreads();
+  load_x(0);
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    Weights<T, kWeights> packed;
+    packed.load(read + w_at + j * block_bytes(kWeights), lane);
+    packed.unpack(b[j]);
+  }
+
+  for (int block = 0; block < blocks; ++block) {
+    load_x(1);
+    x.copy(write);
+    w.copy(write + kSliceX);
+    commit_copies();
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) multiply_add<T>(sums.c[i][j], a[0][i], b[j][0], b[j][1]);
+
+    // The next slice has arrived (after the last one it is zeros), and this one may be overwritten.
+    wait_copies<kStages - 2>();
+    __syncthreads();
+    write = read;
+    read += kSlice;
+    if (read == end) read = shared;
+    load_x(0);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      Weights<T, kWeights> packed;
+      packed.load(read + w_at + j * block_bytes(kWeights), lane);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) multiply_add<T>(sums.c[i][j], a[1][i], b[j][2], b[j][3]);
+      packed.unpack(b[j]);
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();
+}
+
+// -- epilogue --
+
+__device__ __forceinline__ float sigmoid_times(float x, float u) {
+  return x / (1.0f + expf(-u));
+}
+
+// Exact, but for 2e-7: the CPU's formula (native/cpu/simd/math.h), which needs no more than an exponential.
+__device__ __forceinline__ float gelu(float x) {
+  const float size = fminf(30.0f, fabsf(x)), z = size * 0.70710678118654752f;
+  const float t = __fdividef(1.0f, fmaf(0.45f, z, 1.0f));
+  float p = 9.20726135373115540e-02f;
+  p = fmaf(p, t, -4.91859614849090576e-01f);
+  p = fmaf(p, t, 8.52988958358764648e-01f);
+  p = fmaf(p, t, -3.71701210737228394e-01f);
+  p = fmaf(p, t, 4.57933813333511353e-01f);
+  p = fmaf(p, t, 2.01651424169540405e-01f);
+  p = fmaf(p, t, 2.58913993835449219e-01f);
+  return fmaf(-0.5f * size, expf(-z * z) * t * p, x < 0.0f ? 0.0f : x);
+}
+
+// activation: of mgm::Activation.
+template <int kCount>
+__device__ __forceinline__ void activate(float (&x)[kCount], int activation) {
+  const auto each = [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = f(x[i]);
+  };
+  switch (activation) {
+    case 1:
+      return each([](float v) { return gelu(v); });
+    case 2:
+      return each(
+          [](float v) { return sigmoid_times(v, 1.5957691216057308f * fmaf(0.044715f * v * v, v, v)); });
+    case 3:
+      return each([](float v) { return sigmoid_times(v, 1.702f * v); });
+    case 4:
+      return each([](float v) { return sigmoid_times(v, v); });
+    default:
+      return;
+  }
+}
+
+// An f32 tile [kRows][kColumns] in shared memory. Sixteen-byte pieces are permuted so that fragments are
+// written, and eight outputs a lane read, without bank conflicts.
+template <int kColumns>
+__device__ __forceinline__ int result_at(int row, int column) {
+  if (kColumns < 32) return row * kColumns + column;  // a few threads' work
+  const int piece = column / 4;
+  const int low = kColumns == 32 ? (row ^ row >> 1) & 1 : piece >> 3 & 1;
+  return row * kColumns + (piece ^ (row & 3) << 1 ^ low) * 4 + column % 4;
+}
+
+// Column of the tile that holds (the gate of) output `output`; its up is kPanelRows further.
+__device__ __forceinline__ int column_of(int output, bool gated) {
+  return gated ? output / kPanelRows * 2 * kPanelRows + output % kPanelRows : output;
+}
+
+// First output of the tile in column `tile` of the grid.
+template <TileName kTile>
+__device__ __forceinline__ int first_output(const Epilogue& e, int tile) {
+  return tile * kTiles[kTile].n / (e.gated ? 2 : 1);
+}
+
+__device__ __forceinline__ int64_t residual_at(const Epilogue& e, int row) {
+  return (row < e.residual_rows ? row : row % e.residual_rows) * e.residual_stride;
+}
+
+MGM_ANYWHERE int log2_of(int x) {
+  return x > 1 ? 1 + log2_of(x / 2) : 0;
+}
+
+// One output a thread and turn. row_of(r): the row of the result that row r of the tile holds, negative:
+// none.
+template <class T, int kRows, int kColumns, int kThreads, class RowOf>
+__device__ __forceinline__ void finish_elements(const Epilogue& e, const float* tile, int first_output,
+                                                RowOf row_of) {
+  const int log_width = log2_of(kColumns) - e.gated;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows << log_width; i += kThreads) {
+    const int tile_row = i >> log_width, tile_output = i & (1 << log_width) - 1;
+    const int row = row_of(tile_row), output = first_output + tile_output;
+    if (row < 0 || output >= e.outputs) continue;
+    const int column = column_of(tile_output, e.gated);
+    float value[1] = {tile[result_at<kColumns>(tile_row, column)]};
+    if (e.bias) value[0] += e.bias[output];
+    activate(value, e.activation);
+    if (e.gated) {
+      const float up = tile[result_at<kColumns>(tile_row, column + kPanelRows)];
+      value[0] *= e.bias ? up + e.bias[e.outputs + output] : up;
+    }
+    if (e.scale) value[0] *= e.scale[output];
+    if (e.residual) value[0] += to_float(static_cast<const T*>(e.residual)[residual_at(e, row) + output]);
+    const int64_t to = static_cast<int64_t>(row) * e.outputs + output;
+    if (e.out_f32)
+      static_cast<float*>(e.out)[to] = value[0];
+    else
+      static_cast<T*>(e.out)[to] = from_float<T>(value[0]);
+  }
+}
+
+// Eight outputs a thread and turn, in two halves of four: neighbours, if they fill 16 bytes together, else a
+// row's half apart. Needs e.aligned.
+template <class T, int kRows, int kColumns, int kThreads, class RowOf>
+__device__ __forceinline__ void finish_vectors(const Epilogue& e, const float* tile, int first_output,
+                                               RowOf row_of) {
+  const int log_lanes = log2_of(kColumns / 8) - e.gated, lanes = 1 << log_lanes;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows << log_lanes; i += kThreads) {
+    const int tile_row = i >> log_lanes, lane = i & lanes - 1, row = row_of(tile_row);
+    if (row < 0) continue;
+    const T* residual = static_cast<const T*>(e.residual);
+    if (residual) residual += residual_at(e, row) + first_output;
+    const int64_t to = static_cast<int64_t>(row) * e.outputs + first_output;
+    uint2 first_half = {}, added = {};
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const int tile_output = e.out_f32 ? (half * lanes + lane) * 4 : lane * 8 + half * 4;
+      const int output = first_output + tile_output, column = column_of(tile_output, e.gated);
+      if (output >= e.outputs) break;
+      float value[4];
+      const auto load = [](float(&v)[4], const float* from) {
+        const float4 four = *reinterpret_cast<const float4*>(from);
+        v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+      };
+      float other[4];
+      load(value, tile + result_at<kColumns>(tile_row, column));
+      if (e.bias) {
+        load(other, e.bias + output);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) value[j] += other[j];
+      }
+      activate(value, e.activation);
+      if (e.gated) {
+        float up[4];
+        load(up, tile + result_at<kColumns>(tile_row, column + kPanelRows));
+        if (e.bias) {
+          load(other, e.bias + e.outputs + output);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) up[j] += other[j];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) value[j] *= up[j];
+      }
+      if (e.scale) {
+        load(other, e.scale + output);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) value[j] *= other[j];
+      }
+      if (residual) {
+        uint2 four;
+        if (e.out_f32) {
+          four = *reinterpret_cast<const uint2*>(residual + tile_output);
+        } else if (half == 0) {
+          const uint4 eight = *reinterpret_cast<const uint4*>(residual + tile_output);
+          four = make_uint2(eight.x, eight.y);
+          added = make_uint2(eight.z, eight.w);
+        } else {
+          four = added;
+        }
+        const float2 low = unpack_two<T>(four.x), high = unpack_two<T>(four.y);
+        value[0] += low.x, value[1] += low.y, value[2] += high.x, value[3] += high.y;
+      }
+      if (e.out_f32) {
+        *reinterpret_cast<float4*>(static_cast<float*>(e.out) + to + tile_output) =
+            make_float4(value[0], value[1], value[2], value[3]);
+      } else {
+        const uint2 packed = make_uint2(pack_two<T>(value[0], value[1]), pack_two<T>(value[2], value[3]));
+        if (half == 1)
+          *reinterpret_cast<uint4*>(static_cast<T*>(e.out) + to + tile_output - 4) =
+              make_uint4(first_half.x, first_half.y, packed.x, packed.y);
+        first_half = packed;
+      }
+    }
+  }
+}
+
+template <TileName kTile, int kPart>
+__device__ __forceinline__ void store_part(const Accumulators<kTile>& sums, float* tile) {
+  using Sums = Accumulators<kTile>;
+  constexpr int kRows = Sums::kRows / parts_of(kTile), kN = kTiles[kTile].n;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < Sums::kColumns; ++j)
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const int row = Sums::first_row() / parts_of(kTile) + i * 16 + pair * 8 + lane / 4;
+        const int column = Sums::first_column() + j * 8 + lane % 4 * 2;
+        const float* c = sums.c[kPart * kRows + i][j] + pair * 2;
+        *reinterpret_cast<float2*>(tile + result_at<kN>(row, column)) = make_float2(c[0], c[1]);
+      }
+}
+
+// row_of(r): see finish_elements. The shared memory is free for the tile.
+template <class T, TileName kTile, class RowOf>
+__device__ __forceinline__ void finish(const Epilogue& e, const Accumulators<kTile>& sums, float* tile,
+                                       int first_output, RowOf row_of) {
+  constexpr int kParts = parts_of(kTile), kM = kTiles[kTile].m / kParts, kN = kTiles[kTile].n;
+  constexpr int kWarpRows = kM / kTiles[kTile].warps_m;
+  static_assert(kParts <= 2, "store_part is named part by part");
+#pragma unroll 1
+  for (int part = 0; part < kParts; ++part) {
+    if (part == 0) {
+      store_part<kTile, 0>(sums, tile);
+    } else {
+      __syncthreads();
+      store_part<kTile, kParts - 1>(sums, tile);
+    }
+    __syncthreads();
+    // The part holds a share of each warp's rows.
+    const auto row_of_part = [&](int r) {
+      return row_of((r / kWarpRows * kParts + part) * kWarpRows + r % kWarpRows);
+    };
+    if (e.aligned)
+      finish_vectors<T, kM, kN, threads_of(kTile)>(e, tile, first_output, row_of_part);
+    else
+      finish_elements<T, kM, kN, threads_of(kTile)>(e, tile, first_output, row_of_part);
+  }
+}
+
+}  // namespace mgm::cuda

@@ -1,0 +1,109 @@
+// What launchers and kernels share about matrix products with packed weights: the layout of the weights, the
+// tiles, the epilogue's arguments. linear, conv2d and grouped_linear multiply; embedding reads rows.
+//
+// Packed weights [N, K] lie in the order in which mma.sync wants them in registers. A panel is kPanelRows
+// rows of W, a block is kBlockK columns of a panel; a panel's blocks follow one another, and so do panels: a
+// warp that walks a panel along K reads one contiguous range. K is padded to whole blocks and N to whole
+// panels with zeros. In gated panels panel 2j holds rows of the gate and panel 2j + 1 the same rows of up. In
+// a block, elements 2t, 2t + 1, 2t + 8, 2t + 9, 2t + 16, ... of row g are neighbours (lane_of, index_of):
+//   bf16, f16  [8 g][4 t][8] elements
+//   int8       [8 g][4 t][8] int8, then f16 scale[8 g];  w = q * scale
+//   int4       [8 g][4 t] words of eight nibbles, the first in the lowest bits, then f16 {scale, min}[8 g];
+//              w = q * scale + min
+// Quantized as on the CPU (native/cpu/kernels/pack_linear.cpp), value by value; w is rounded to the
+// activations' type.
+#pragma once
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MGM_ANYWHERE __host__ __device__ constexpr
+#else
+#define MGM_ANYWHERE constexpr
+#endif
+
+namespace mgm::cuda {
+
+enum class WeightType : int32_t { half, int8, int4 };  // half: bf16 or f16
+
+constexpr int kPanelRows = 8, kBlockK = 32;
+
+MGM_ANYWHERE int block_bytes(WeightType type) {
+  return type == WeightType::half ? 512 : type == WeightType::int8 ? 256 + 16 : 128 + 32;
+}
+MGM_ANYWHERE int64_t blocks_of(int64_t k) {
+  return (k + kBlockK - 1) / kBlockK;
+}
+MGM_ANYWHERE int64_t panel_bytes(WeightType type, int64_t k) {
+  return blocks_of(k) * block_bytes(type);
+}
+// n counts all rows (gated: of gate and up).
+MGM_ANYWHERE int64_t panels_of(int64_t n, bool gated) {
+  return gated ? (n / 2 + kPanelRows - 1) / kPanelRows * 2 : (n + kPanelRows - 1) / kPanelRows;
+}
+// Where row r of the stacked matrix lies; gates: rows of the gate, or 0 if not gated.
+MGM_ANYWHERE int64_t packed_row(int64_t r, int64_t gates) {
+  if (gates == 0) return r;
+  const int64_t up = r >= gates, row = up ? r - gates : r;
+  return (row / kPanelRows * 2 + up) * kPanelRows + row % kPanelRows;
+}
+// Which lane of a row's four holds column k of a block, and as which of its eight elements.
+MGM_ANYWHERE int lane_of(int k) {
+  return k % 8 / 2;
+}
+MGM_ANYWHERE int index_of(int k) {
+  return k / 8 * 2 + k % 2;
+}
+
+// A block computes an m x n tile of x W^T with warps_m x warps_n warps; slices of kBlockK columns stream
+// through `stages` buffers. kFew: a warp multiplies up to 16 rows of x with one panel.
+struct Tile {
+  int m, n, warps_m, warps_n, stages;
+};
+enum TileName { kLarge, kSmall, kThin, kFew, kTileNames };
+constexpr Tile kTiles[kTileNames] = {
+    {128, 128, 2, 2, 3}, {64, 64, 2, 2, 6}, {64, 32, 2, 2, 8}, {16, 16, 1, 2, 8}};
+
+MGM_ANYWHERE int threads_of(TileName name) {
+  return kTiles[name].warps_m * kTiles[name].warps_n * 32;
+}
+MGM_ANYWHERE int slice_bytes(TileName name, WeightType type) {
+  return kTiles[name].m * kBlockK * 2 + kTiles[name].n / kPanelRows * block_bytes(type);
+}
+// The result's tile goes through the same memory, in two parts if it is large.
+MGM_ANYWHERE int parts_of(TileName name) {
+  return name == kLarge ? 2 : 1;
+}
+MGM_ANYWHERE int tile_shared_bytes(TileName name, WeightType type) {
+  const int slices = kTiles[name].stages * slice_bytes(name, type);
+  const int result = kTiles[name].m * kTiles[name].n * 4 / parts_of(name);
+  return slices > result ? slices : result;
+}
+
+// kFew: columns of K a stage holds.
+MGM_ANYWHERE int few_columns(WeightType type) {
+  return type == WeightType::half ? 64 : 128;
+}
+MGM_ANYWHERE int few_stage_bytes(WeightType type, int rows) {
+  return few_columns(type) / kBlockK * block_bytes(type) + rows * few_columns(type) * 2;
+}
+
+MGM_ANYWHERE int few_shared_bytes(WeightType type, int rows) {
+  const int stages = kTiles[kFew].warps_n * kTiles[kFew].stages * few_stage_bytes(type, rows);
+  const int result = kTiles[kFew].m * kTiles[kFew].n * 4;
+  return stages > result ? stages : result;
+}
+
+// out[m] = residual[m % residual_rows] + scale * act(sum + bias), or act(gate + bias) * (up + bias) if gated.
+struct Epilogue {
+  const float* bias;     // [outputs] or null (gated: [2 outputs], gates first)
+  const float* scale;    // [outputs] or null
+  const void* residual;  // of the activations' type, [residual_rows, outputs] or null; may be `out`
+  void* out;             // [M, outputs], of the activations' type or f32
+  int64_t residual_stride;
+  int32_t residual_rows, outputs;
+  int32_t activation;  // mgm::Activation
+  bool gated, out_f32;
+  bool aligned;  // eight outputs can be read and written at once
+};
+
+}  // namespace mgm::cuda
