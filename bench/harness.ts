@@ -233,19 +233,22 @@ export function table(rows: readonly Row[]): string {
   return [text[0], '-'.repeat(widths.reduce((a, b) => a + b + 2, -2)), ...text.slice(1)].join('\n')
 }
 
-export function machine(device: Device) {
+/** The machine around a device. */
+export function host() {
   return {
     date: new Date().toISOString(),
     cpu: cpus()[0]?.model.trim() ?? 'unknown',
     cores: cpus().length,
     usable: availableParallelism(),
-    threads: device.threads,
-    isa: device.isa,
     memoryGiB: Math.round(totalmem() / 2 ** 30),
     loadAverage: loadavg().map(load => Math.round(load * 100) / 100),
     system: `${process.platform} ${release()} ${process.arch}`,
     node: process.version,
   }
+}
+
+export function machine(device: Device) {
+  return { ...host(), threads: device.threads, isa: device.isa }
 }
 
 /** FLOP a second of fused multiply-adds in registers, on the device's threads. */

@@ -20,6 +20,8 @@ export interface KernelCase {
   sampled: boolean
   /** The operation of one kernel of Triton's that stands beside this one, as tools/triton_kernels.py names it. */
   peers?: readonly string[]
+  /** What bench/peers/torch_cuda.py times beside it on a GPU. */
+  torch?: Readonly<Record<string, string | number | boolean>>
   /** Makes the operands; what it returns enqueues the op once. */
   prepare(make: Make): () => unknown
 }
@@ -107,6 +109,7 @@ function linear(
     },
     sampled: true,
     ...(peers ? { peers } : {}),
+    ...(storage === 'bf16' ? { torch: { kind: 'linear', m, n: columns, k } } : {}),
     prepare(make) {
       const x = make.a([m, k])
       const w = make.weight(n, k, storage, gated)
@@ -186,6 +189,7 @@ function attention(
     },
     sampled: true,
     peers,
+    torch: { kind: 'attention', tokens, heads, kvHeads, d, causal },
     prepare(make) {
       // Parts of one packed projection, as the models have them.
       const qkv = make.a([tokens, (heads + 2 * kvHeads) * d])
@@ -269,6 +273,7 @@ function norms(): KernelCase[] {
     },
     sampled: true,
     ...(peers ? { peers } : {}),
+    ...(sum ? {} : { torch: { kind: op, tokens, channels } }),
     prepare(make) {
       const [x, residual] = [make.a([tokens, channels]), make.a([tokens, channels])]
       const [weight, bias] = [make.f32([channels]), make.f32([channels])]
@@ -322,6 +327,7 @@ function depthwise(side: number, channels: number): KernelCase {
     name: `ConvNeXt ${side}×${side}×${channels}, 7×7`,
     work: { bytes: 2 * bytes([shape]) + 4 * 52 * channels, tensorFlops: 0 },
     sampled: true,
+    torch: { kind: 'depthwise', side, channels },
     prepare(make) {
       const x = make.a(shape)
       const w = make.f32([7, 7, channels])
@@ -346,6 +352,7 @@ function conv(name: string, side: number, [c, o]: readonly [number, number], ker
       tensorFlops: 2 * rows * o * k,
     },
     sampled: true,
+    torch: { kind: 'conv2d', side, c, o, kernel },
     prepare(make) {
       const x = make.a([1, side, side, c])
       const w = make.weight(o, k)

@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest'
 import { Device } from '../../lib/device.ts'
+import { native } from '../../lib/native.ts'
 import * as ops from '../../lib/ops.ts'
 import type { Tensor } from '../../lib/tensor.ts'
 import { testDriver } from './helpers.ts'
@@ -28,7 +29,7 @@ async function works(device: Device) {
   expect([...(await ops.scaleColumns(x, device.tensor([2, 3], [2])).read())]).toEqual([2, 6, 6, 12])
 }
 
-describe.skipIf(library === null)('a GPU that fails', () => {
+describe.skipIf(library === null || !native().cudaSurvey().emulated)('a GPU that fails', () => {
   it('rejects every call after a fault until it is opened again', async () => {
     const device = Device.open('cuda')
     const other = Device.open('cuda:1')
@@ -132,7 +133,7 @@ describe.skipIf(library === null)('a GPU that fails', () => {
   })
 })
 
-describe.skipIf(library === null)('a GPU whose memory runs out', () => {
+describe.skipIf(library === null || !native().cudaSurvey().emulated)('a GPU whose memory runs out', () => {
   it('refuses one tensor and serves the next', async () => {
     const device = Device.open('cuda')
     const held = Array.from({ length: 3 }, () => device.empty([5 << 20], 'u8'))
