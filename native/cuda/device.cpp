@@ -45,6 +45,21 @@ std::string fault_text(const Fault& fault) {
     case FaultKind::history_id:
       return format("expected an id below %lld for a history entry of row %lld but received %lld",
                     ll(fault.limit), ll(fault.where), ll(fault.value));
+    case FaultKind::query_offset:
+    case FaultKind::key_offset:
+      return format(
+          "expected non-decreasing offsets from 0 to %lld for %s but received %lld after %lld at index %lld",
+          ll(fault.limit), fault.kind == static_cast<int32_t>(FaultKind::query_offset) ? "cu_q" : "cu_k",
+          ll(fault.value), ll(fault.low), ll(fault.where));
+    case FaultKind::context_length:
+      return format(
+          "expected %lld (its queries) to %lld (its pages) for context_lens of sequence %lld but received "
+          "%lld",
+          ll(fault.low), ll(fault.limit), ll(fault.where), ll(fault.value));
+    case FaultKind::page:
+      return format(
+          "expected a page below %lld for block_table entry %lld of sequence %lld but received %lld",
+          ll(fault.limit), ll(fault.low), ll(fault.where), ll(fault.value));
     default:
       return format("a kernel reported fault %d", fault.kind);
   }

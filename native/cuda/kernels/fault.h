@@ -11,6 +11,10 @@ enum class FaultKind : int32_t {
   cache_slot,      // value: the slot; limit: slots; where: the token
   history_length,  // value: the length; limit: the row's room; where: the row
   history_id,      // value: the id; limit: the vocabulary; where: the row
+  query_offset,    // value: the offset; low: the one before; limit: the tokens; where: the index
+  key_offset,      // the same of cu_k
+  context_length,  // value: the length; low: its queries; limit: its pages' room; where: the sequence
+  page,            // value: the page; limit: pages; low: the block; where: the sequence
 };
 
 struct Fault {

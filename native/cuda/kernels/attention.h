@@ -1,0 +1,36 @@
+#pragma once
+#include "flash.h"
+
+namespace mgm::cuda {
+
+constexpr int kHeadDims[] = {32, 64, 80, 96, 128, 256, 512};
+
+// Two row tiles a warp use every fragment of K and V twice, as long as their results fit the registers. All
+// tiles fit the 99 KiB of shared memory that the smallest GPUs have.
+constexpr FlashTile attention_tile(int d) {
+  return d < 128    ? FlashTile{d, 64, 2, 4, 1}
+         : d == 128 ? FlashTile{d, 32, 2, 4, 1}
+         : d == 256 ? FlashTile{d, 32, 1, 4, 1}
+                    : FlashTile{d, 16, 1, 4, 2};
+}
+
+struct AttentionParams {
+  FlashParams queries;
+  const uint16_t* k;  // [total keys, KV heads, head_stride], k_stride elements a key
+  const uint16_t* v;
+  const int32_t* cu_k;  // [sequences + 1]
+  int32_t k_stride, v_stride;
+  int32_t total_keys;
+  int32_t causal;
+};
+
+constexpr int kPackHeadsThreads = 256;
+struct PackHeadsParams {
+  const uint16_t* x;  // [rows, heads, d], rows `stride` elements apart
+  uint16_t* out;      // [rows, heads, padded]
+  int64_t stride, elements;
+  int32_t heads, d, padded;
+  int32_t negate;
+};
+
+}  // namespace mgm::cuda
