@@ -1,0 +1,175 @@
+import { expect, it } from 'vitest'
+import { type Activation, conv2d } from '../../../lib/ops.ts'
+import { Random } from '../../ops/helpers.ts'
+import { cudaTests, floats, HALVES, type Inputs } from '../helpers.ts'
+
+interface Case {
+  batch: number
+  height: number
+  width: number
+  channels: number
+  outputs: number
+  kernel: [number, number]
+  stride: number
+  pad: number
+}
+
+const base = { batch: 1, height: 9, width: 11, channels: 5, outputs: 7, stride: 1, pad: 0 }
+/** How a patch comes to the tile: in pieces of 16 bytes, pairs of elements, or one by one. */
+const cases: Record<'pieces' | 'pairs' | 'elements', Record<string, Case>> = {
+  pieces: {
+    'downsampling by 2': { ...base, batch: 2, channels: 72, outputs: 40, kernel: [2, 2], stride: 2 },
+    '3x3 with padding': { ...base, channels: 40, outputs: 65, kernel: [3, 3], pad: 1 },
+    '3x3 of few channels with stride 2': {
+      ...base,
+      batch: 3,
+      channels: 8,
+      kernel: [3, 3],
+      stride: 2,
+      pad: 1,
+    },
+    '1x1': { ...base, channels: 64, outputs: 136, kernel: [1, 1] },
+    'runs of several pixels': { ...base, width: 12, channels: 4, kernel: [2, 4], stride: 4 },
+    'only padding under most taps': { ...base, height: 1, width: 1, channels: 16, kernel: [3, 3], pad: 3 },
+  },
+  pairs: {
+    'CLIP patches': {
+      ...base,
+      height: 42,
+      width: 42,
+      channels: 3,
+      outputs: 72,
+      kernel: [14, 14],
+      stride: 14,
+    },
+    'ConvNeXt stem': {
+      ...base,
+      batch: 2,
+      height: 16,
+      width: 36,
+      channels: 3,
+      outputs: 48,
+      kernel: [4, 4],
+      stride: 4,
+    },
+    'padded pairs': { ...base, channels: 6, kernel: [3, 3], pad: 1 },
+  },
+  elements: {
+    'CLIP patches of an odd picture': {
+      ...base,
+      height: 29,
+      width: 31,
+      channels: 3,
+      kernel: [14, 14],
+      stride: 14,
+    },
+    'an uneven kernel': { ...base, kernel: [5, 2], stride: 3, pad: 2 },
+    'a kernel wider than the image': { ...base, height: 2, width: 1, kernel: [4, 5], pad: 2 },
+    'one channel': { ...base, channels: 1, kernel: [3, 3], pad: 1 },
+    '1x1': { ...base, channels: 33, kernel: [1, 1] },
+  },
+}
+
+function draw(c: Case, random: Random) {
+  const k = c.kernel[0] * c.kernel[1] * c.channels
+  return {
+    k,
+    x: random.normals(c.batch * c.height * c.width * c.channels),
+    w: random.normals(c.outputs * k, 1 / Math.sqrt(k)),
+  }
+}
+
+function run(t: Inputs, c: Case, data: { k: number; x: Float32Array; w: Float32Array }, options = {}) {
+  const x = t.a(data.x, [c.batch, c.height, c.width, c.channels])
+  return conv2d(x, t.packed(data.w, [c.outputs, data.k]), { ...c, ...options })
+}
+
+/** f32 sums of k products about 1/√k in another order. */
+const limitOf = (k: number) => ({ absolute: 2e-6 * Math.sqrt(k), relative: 1e-5 })
+
+function withTile<R>(tile: string, body: () => R): R {
+  process.env.MGM_CUDA_TILE = tile
+  try {
+    return body()
+  } finally {
+    delete process.env.MGM_CUDA_TILE
+  }
+}
+
+cudaTests('conv2d on the GPU', cuda => {
+  for (const [way, some] of Object.entries(cases))
+    for (const [name, c] of Object.entries(some))
+      it(`agrees with the CPU: ${name}, in ${way}`, async () => {
+        const random = new Random()
+        const data = draw(c, random)
+        for (const dtype of HALVES)
+          for (const tile of way === 'pieces' ? ['large', 'small', 'thin'] : ['small'])
+            await cuda.same({ dtype, limit: limitOf(data.k), what: `${tile}, seed ${random.seed}` }, t =>
+              withTile(tile, () => run(t, c, data)),
+            )
+      })
+
+  it.each(HALVES)(
+    'fuses bias, activation, scale and a residual that repeats over the batch, %s',
+    async dtype => {
+      const random = new Random()
+      const c: Case = { ...base, batch: 3, channels: 8, outputs: 24, kernel: [3, 3], pad: 1 }
+      const data = draw(c, random)
+      const [bias, scale] = [random.normals(c.outputs), random.normals(c.outputs)]
+      const residual = random.normals(99 * c.outputs) // one image's positions: CLIP's position embedding
+      for (const activation of ['none', 'gelu', 'gelu_tanh', 'quick_gelu', 'silu'] satisfies Activation[])
+        await cuda.same(
+          { dtype, limit: { absolute: 1e-4, relative: 1e-5 }, what: `${activation}, seed ${random.seed}` },
+          t =>
+            run(t, c, data, {
+              bias: t.plain(bias, [c.outputs]),
+              scale: t.plain(scale, [c.outputs]),
+              residual: t.a(residual, [99, c.outputs]),
+              activation,
+            }),
+        )
+    },
+  )
+
+  it('gives an image the same bits in every batch and tile, however its patches are copied', async () => {
+    const random = new Random()
+    const c: Case = {
+      ...base,
+      batch: 4,
+      height: 12,
+      width: 12,
+      channels: 8,
+      outputs: 40,
+      kernel: [3, 3],
+      pad: 1,
+    }
+    const data = draw(c, random)
+    const t = cuda.inputs(cuda.gpu, 'bf16')
+    const w = t.packed(data.w, [c.outputs, data.k])
+    const shape = [c.batch, c.height, c.width, c.channels]
+    const size = data.x.length
+    const all = await floats(withTile('large', () => conv2d(t.a(data.x, shape), w, c)))
+    const what = `seed ${random.seed}`
+    for (let b = 0; b < c.batch; b++) {
+      const one = t.a(data.x, shape).narrow(0, b, 1)
+      const out = await floats(withTile(b % 2 ? 'small' : 'thin', () => conv2d(one, w, c)))
+      expect(out, what).toEqual(all.slice(b * out.length, (b + 1) * out.length))
+    }
+    // At an address of 4 bytes, then of 2: pairs and single elements.
+    for (const offset of [2, 1]) {
+      const moved = t.a([...new Float32Array(offset), ...data.x], [size + offset]).narrow(0, offset, size)
+      expect(await floats(conv2d(moved.reshape(...shape), w, c)), what).toEqual(all)
+    }
+  })
+
+  it('keeps what is not a number to the patches that see it', async () => {
+    const random = new Random()
+    const c: Case = { ...base, channels: 8, outputs: 16, kernel: [3, 3], pad: 1 }
+    const data = draw(c, random)
+    data.x[3 * 8 + 1] = Number.POSITIVE_INFINITY
+    data.x[98 * 8 + 7] = Number.NaN
+    await cuda.same({ dtype: 'f16', limit: limitOf(data.k), what: `seed ${random.seed}` }, t =>
+      run(t, c, data),
+    )
+  })
+})
