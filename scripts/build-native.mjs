@@ -1,6 +1,8 @@
 // Builds the addon into build/native/Release/mgm.node: the one way in, for npm, for binding.gyp and for prebuilds.
 // usage: node scripts/build-native.mjs [--debug] [--clean]
+// MGM_CUDA: 'AUTO' (default: the CUDA backend where there is nvcc), 'ON' (fails without nvcc) or 'OFF'.
 import { spawnSync } from 'node:child_process'
+import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { availableParallelism, totalmem } from 'node:os'
 import { dirname, join } from 'node:path'
@@ -27,7 +29,23 @@ const cmakeJs = join(
   'bin',
   'cmake-js',
 )
-const args = [values.clean ? 'rebuild' : 'build', '--out', 'build/native', '--parallel', String(jobs)]
+const cuda = process.env.MGM_CUDA || 'AUTO'
+// cmake-js configures a folder once; nvcc may have come or gone since.
+if (!values.clean && existsSync(join(root, 'build', 'native', 'CMakeCache.txt'))) {
+  const { status } = spawnSync('cmake', [`-DMGM_CUDA=${cuda}`, join('build', 'native')], {
+    cwd: root,
+    stdio: ['ignore', 'ignore', 'inherit'],
+  })
+  if (status !== 0) process.exit(status ?? 1)
+}
+const args = [
+  values.clean ? 'rebuild' : 'build',
+  '--out',
+  'build/native',
+  '--parallel',
+  String(jobs),
+  `--CDMGM_CUDA=${cuda}`,
+]
 if (values.debug) args.push('--debug')
 const { status } = spawnSync(process.execPath, [cmakeJs, ...args], { cwd: root, stdio: 'inherit' })
 process.exit(status ?? 1)

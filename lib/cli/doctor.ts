@@ -83,10 +83,9 @@ export function diagnose(version: string): Diagnosis {
     memory: { total: totalmem(), free: freemem(), limit: memoryLimit() },
     gpu,
     backend: chosen
-      ? {
-          name: gpu.cuda?.error === null ? 'cuda' : 'cpu',
-          reason: gpu.cuda?.error ?? "the GPU is used where device is 'auto' or 'cuda'",
-        }
+      ? gpu.cuda?.error === null
+        ? { name: 'cuda', reason: "what device: 'auto' takes" }
+        : { name: 'cpu', reason: "what device: 'auto' takes where there is no usable GPU (see cuda)" }
       : { name: null, reason: 'the addon did not load, so nothing can run' },
   }
 }
@@ -94,10 +93,10 @@ export function diagnose(version: string): Diagnosis {
 /** A line a GPU: capability, memory, the kernels' image that would run. */
 function cudaLines(cuda: CudaSurvey | null): string {
   if (cuda === null) return 'unknown'
-  if (cuda.error !== null) return cuda.error
+  if (cuda.error !== null && cuda.devices.length === 0) return cuda.error
   const version = `CUDA ${Math.floor(cuda.driverVersion / 1000)}.${(cuda.driverVersion % 1000) / 10}`
   return [
-    `${version} through ${cuda.library}${cuda.emulated ? ', an emulated device: no real GPU' : ''}`,
+    `${version} through ${cuda.library}${cuda.emulated ? ', emulated: there is no real GPU behind it' : ''}`,
     ...cuda.devices.map(
       ({ name, capability, memory, image }, index) =>
         `cuda:${index} ${name}, compute capability ${Math.floor(capability / 10)}.${capability % 10}, ` +

@@ -50,6 +50,16 @@ std::vector<const Image*> images_for(std::string_view family, int capability) {
   return usable;
 }
 
+std::string unusable(const DeviceInfo& info) {
+  if (info.major < kRequiredMajor)
+    return format("expected a GPU of compute capability %d.0 or newer but found %s with %d.%d",
+                  kRequiredMajor, info.name.c_str(), info.major, info.minor);
+  if (!info.memory_pools)
+    return format("expected stream-ordered memory pools but %s (driver %d.%d) has none", info.name.c_str(),
+                  driver().version / 1000, driver().version % 1000 / 10);
+  return "";
+}
+
 std::shared_ptr<Context> Context::open(int index) {
   std::lock_guard lock(registry_mutex());
   std::weak_ptr<Context>& slot = registry()[index];
@@ -65,14 +75,7 @@ std::shared_ptr<Context> Context::open(int index) {
   }
   if (!context) {
     const DeviceInfo info = device_info(index);
-    if (info.major < kRequiredMajor)
-      throw Error("DEVICE_UNAVAILABLE",
-                  format("expected a GPU of compute capability %d.0 or newer but found %s with %d.%d",
-                         kRequiredMajor, info.name.c_str(), info.major, info.minor));
-    if (!info.memory_pools)
-      throw Error("DEVICE_UNAVAILABLE",
-                  format("expected stream-ordered memory pools but %s (driver %d.%d) has none",
-                         info.name.c_str(), driver().version / 1000, driver().version % 1000 / 10));
+    if (const std::string why = unusable(info); !why.empty()) throw Error("DEVICE_UNAVAILABLE", why);
     context.reset(new Context(info));
     slot = context;
   }

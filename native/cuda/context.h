@@ -83,6 +83,9 @@ class Context {
   std::map<int, std::weak_ptr<Context>> reached_;                                // by GPU
 };
 
+// Why this library cannot use a GPU; "" if it can.
+std::string unusable(const DeviceInfo& info);
+
 // The images of `family` that a GPU of this capability can run, best first: the nearest cubin of its major
 // version, then PTX.
 std::vector<const Image*> images_for(std::string_view family, int capability);

@@ -672,14 +672,18 @@ Survey survey() {
     found.driver_version = api.version;
     found.emulated = api.emulated;
     const int count = device_count();
+    bool usable = false;
     for (int i = 0; i < count; ++i) {
       const DeviceInfo info = device_info(i);
-      const auto usable = images_for("linear", info.capability());
+      const std::string why = unusable(info);
+      // Each family has the same images.
+      const auto images = images_for("linear", info.capability());
       found.gpus.push_back({info.name, info.capability(), info.memory,
-                            usable.empty() || info.major < kRequiredMajor
-                                ? format("none: compute capability %d.0 or newer is required", kRequiredMajor)
-                                : image_name(*usable[0])});
+                            why.empty() && !images.empty() ? image_name(*images[0]) : "none: " + why});
+      usable = usable || why.empty();
+      if (!usable && found.error.empty()) found.error = why;
     }
+    if (usable) found.error.clear();
     if (count == 0) found.error = "the driver sees no GPU";
   } catch (const std::exception& error) {
     found.error = error.what();

@@ -1,5 +1,5 @@
 import { execFileSync, spawnSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
@@ -21,7 +21,7 @@ describe.skipIf(!hasNvcc)('the kernels', () => {
     const { MGM_CUDA_ARCHS: _, ...env } = process.env
     execFileSync(process.execPath, [join(root, 'scripts', 'build-kernels.mjs'), '--out', folder], { env })
     built = JSON.parse(readFileSync(join(folder, 'registers.json'), 'utf8'))
-  }, 300_000)
+  }, 1_800_000)
 
   it('assemble for every target, with the registers and memory that the table says', () => {
     const table = JSON.parse(readFileSync(join(root, 'native', 'cuda', 'registers.json'), 'utf8'))
@@ -53,6 +53,60 @@ describe.skipIf(!hasNvcc)('the kernels', () => {
     ])
     expect(versions.length).toBe(Object.keys(built).length)
     expect(versions.filter(([, version]) => version !== '70')).toEqual([])
+  })
+})
+
+describe.skipIf(spawnSync('cmake', ['--version']).error !== undefined)('a build folder', () => {
+  it('follows nvcc as it comes and goes', () => {
+    const [home, build] = [join(folder, 'toolkit'), join(folder, 'configured')]
+    mkdirSync(join(home, 'bin'), { recursive: true })
+    const env = { PATH: '/usr/bin:/bin', CUDA_HOME: home }
+    // Neither what CMake knows of the system nor the PATH may name the machine's own nvcc.
+    const configure = (...more: string[]) => {
+      const settings = ['-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF', `-DMGM_NODE=${process.execPath}`, ...more]
+      return spawnSync('cmake', ['-S', root, '-B', build, ...settings], { env, encoding: 'utf8' })
+    }
+    const compiled = () => {
+      const rules = ['build.ninja', join('CMakeFiles', 'mgm_core.dir', 'build.make')]
+        .filter(name => existsSync(join(build, name)))
+        .map(name => readFileSync(join(build, name), 'utf8'))
+        .join()
+      return {
+        cuda: rules.includes('native/cuda/context.cpp'),
+        standIn: rules.includes('native/no_cuda/device.cpp'),
+      }
+    }
+    expect(configure().stdout).toMatch(/nvcc was not found: building the CPU backend only/)
+    expect(compiled()).toEqual({ cuda: false, standIn: true })
+    writeFileSync(join(home, 'bin', 'nvcc'), '#!/bin/sh\n', { mode: 0o755 })
+    expect(configure().status).toBe(0)
+    expect(compiled()).toEqual({ cuda: true, standIn: false })
+    expect(configure('-DMGM_CUDA=OFF').status).toBe(0)
+    expect(compiled()).toEqual({ cuda: false, standIn: true })
+    rmSync(join(home, 'bin', 'nvcc'))
+    const { status, stderr } = configure('-DMGM_CUDA=ON')
+    expect(status).not.toBe(0)
+    expect(stderr).toMatch(/MGM_CUDA=ON needs nvcc on the PATH or under CUDA_HOME/)
+  })
+
+  it('without nvcc gives an addon that says so', () => {
+    const [source, program] = [join(folder, 'without.cpp'), join(folder, 'without')]
+    writeFileSync(
+      source,
+      `#include "cuda/device.h"
+       #include "runtime/error.h"
+       int main() {
+         try { mgm::cuda::open_device(0, 0); } catch (const mgm::Error& error) {
+           std::printf("%s %s\\n", error.code().c_str(), error.what());
+         }
+         std::puts(mgm::cuda::survey().error.c_str());
+       }`,
+    )
+    const standIn = join(root, 'native', 'no_cuda', 'device.cpp')
+    execFileSync('c++', ['-std=c++20', '-I', join(root, 'native'), '-o', program, source, standIn])
+    const why =
+      "this build has only the CPU backend (it was compiled without nvcc); use device: 'cpu' or 'auto'"
+    expect(execFileSync(program, { encoding: 'utf8' })).toBe(`DEVICE_UNAVAILABLE ${why}\n${why}\n`)
   })
 })
 
