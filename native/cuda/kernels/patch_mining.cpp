@@ -1,6 +1,8 @@
 #include "patch_mining.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "../../runtime/tensor.h"
 #include "../launch.h"
@@ -90,6 +92,72 @@ bool aligned(const MiningParams& p) {
   return all;
 }
 
+constexpr int kCells[] = {kMiningCells<0>, kMiningCells<1>, kMiningCells<2>, kMiningCells<3>};
+
+// Whole windows of 8 x 8 on maps that halve from stage to stage: what patch_mining is made for.
+bool windows(const MiningParams& p, int downscale) {
+  const MiningStage& full = p.stages[0];
+  bool all = downscale == 1 && aligned(p) && full.height / p.grid == kMiningWindow &&
+             full.width / p.grid == kMiningWindow;
+  int64_t padded = 0;
+  for (int s = 0; s < kMiningStages; ++s) {
+    all = all && p.stages[s].height << s == full.height && p.stages[s].width << s == full.width;
+    padded += ceil_div(p.stages[s].channels, kMiningSlice) * kMiningSlice;
+  }
+  return all && padded <= kMiningGPerThread * kMiningWindowThreads;
+}
+
+// Shares out the slices of all stages, `slots[s]` of them to a warp, and lays out shared memory. Returns its
+// size.
+int64_t lay_out(MiningWindowParams& a, const int (&slots)[kMiningStages]) {
+  a.total_slices = 0;
+  for (int s = 0; s < kMiningStages; ++s) {
+    a.first_slice[s] = a.total_slices;
+    a.total_slices += static_cast<int32_t>(ceil_div(a.p.stages[s].channels, kMiningSlice));
+  }
+  a.ones_at = std::max(a.total_slices * kMiningPieces * kMiningRow, (kMiningScalarsEnd + 127) / 128 * 128);
+  int32_t end = a.ones_at + kMiningRow;
+  for (int s = 0; s < kMiningStages; ++s) {
+    const int count = (s + 1 < kMiningStages ? a.first_slice[s + 1] : a.total_slices) - a.first_slice[s];
+    for (int w = 0; w < kMiningStageWarps; ++w) {
+      MiningShare& share = a.shares[s * kMiningStageWarps + w];
+      share.slices = (count + kMiningStageWarps - 1 - w) / kMiningStageWarps;
+      share.slots = std::min(share.slices, slots[s]);
+      share.at = end;
+      end += share.slots * kCells[s] * kMiningRow;
+    }
+  }
+  return end;
+}
+
+// As much of the window as possible stays in shared memory, but two blocks share a multiprocessor where they
+// can: one computes while the other waits for its cells. Returns the bytes of shared memory, or 0 where the
+// least does not fit.
+int64_t plan(MiningWindowParams& a, int64_t shared) {
+  constexpr int64_t kReserved = 1 << 10;  // by the driver, of each block
+  int slots[kMiningStages] = {1, 1, 1, 1};
+  int64_t bytes = lay_out(a, slots);
+  if (bytes > shared) return 0;
+  const int64_t half = (shared - kReserved) / 2, budget = bytes <= half ? half : shared;
+  // Small slices first: a slot of the last stage holds eight times fewer cells than one of the first.
+  for (int s = kMiningStages - 1; s >= 0; --s) {
+    const MiningShare& most = a.shares[s * kMiningStageWarps];
+    for (int more = 2; more <= std::min(most.slices, kMiningMostSlots); ++more) {
+      slots[s] = more;
+      const int64_t with = lay_out(a, slots);
+      if (with <= budget) {
+        bytes = with;
+        continue;
+      }
+      slots[s] = more - 1;
+      break;
+    }
+  }
+  lay_out(a, slots);
+  return bytes;
+}
+
+// p.give_up: only the queries it marks.
 void mine_any(Queue& queue, const MiningParams& p, DType dtype, int downscale) {
   MiningAnyParams a{};
   a.p = p;
@@ -115,7 +183,8 @@ void mine_any(Queue& queue, const MiningParams& p, DType dtype, int downscale) {
                  4 * (2 * static_cast<int64_t>(a.cells) + a.weights + a.starts);
   a.work_bytes = ceil_div(a.work_bytes, 128) * 128;
   const bool in_shared = a.work_bytes <= kMostShared;
-  const int64_t blocks = in_shared ? p.queries : std::min(p.queries, kMostBlocks);
+  const int64_t most = p.give_up ? 2 * queue.info().multiprocessors : in_shared ? p.queries : kMostBlocks;
+  const int64_t blocks = std::min(p.queries, most);
   const auto scratch = in_shared ? nullptr : queue.scratch(static_cast<size_t>(blocks * a.work_bytes));
   if (scratch) a.scratch = reinterpret_cast<char*>(scratch->data());
   queue.launch({"patch_mining_any", dtype == DType::bf16 ? "patch_mining_any_bf16" : "patch_mining_any_f16"},
@@ -125,8 +194,20 @@ void mine_any(Queue& queue, const MiningParams& p, DType dtype, int downscale) {
 }  // namespace
 
 void patch_mining(Queue& queue, const PatchMiningArgs& args) {
-  const MiningParams p = params_of(args);
-  if (p.queries > 0) mine_any(queue, p, args.out.dtype, std::max(args.downscale, 1));
+  MiningWindowParams a{};
+  a.p = params_of(args);
+  if (a.p.queries == 0) return;
+  const DType dtype = args.out.dtype;
+  const int downscale = std::max(args.downscale, 1);
+  const char* asked = std::getenv("MGM_CUDA_MINING");
+  const bool any = !windows(a.p, downscale) || (asked && std::string_view(asked) == "any");
+  const int64_t bytes = any ? 0 : plan(a, static_cast<int64_t>(queue.info().shared_optin));
+  if (bytes == 0) return mine_any(queue, a.p, dtype, downscale);
+  const auto give_up = queue.scratch(static_cast<size_t>(a.p.queries));
+  a.p.give_up = reinterpret_cast<uint8_t*>(give_up->data());
+  queue.launch({"patch_mining", dtype == DType::bf16 ? "patch_mining_bf16" : "patch_mining_f16"},
+               {a.p.queries}, kMiningWindowThreads, a, static_cast<size_t>(bytes));
+  mine_any(queue, a.p, dtype, downscale);
 }
 
 }  // namespace mgm::cuda

@@ -18,7 +18,7 @@ __device__ __forceinline__ V warp_sum(V value) {
 // before their signs are known (nan_to_num turns an overflowing score into the largest float of its sign).
 __device__ __forceinline__ int exponent_of(float top) {
   if (!(top > 0.0f && top <= 3.4028234e38f)) return 0;
-  return min(max(static_cast<int>(__float_as_uint(top) >> 23) - 127, -126), 126);
+  return min(max(static_cast<int>(__float_as_uint(top) >> 23) - 127, -118), 126);
 }
 __device__ __forceinline__ float power_of_two(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);

@@ -12,8 +12,9 @@ struct MiningStage {
 };
 
 struct MiningParams {
-  const float* g;  // [B * grid * grid, channels (+ 1)]
-  void* out;       // [B * grid * grid, channels]
+  const float* g;    // [B * grid * grid, channels (+ 1)]
+  void* out;         // [B * grid * grid, channels]
+  uint8_t* give_up;  // [B * grid * grid]: patch_mining leaves this query to patch_mining_any, or null
   MiningStage stages[kMiningStages];
   int64_t g_stride, out_stride, queries;
   int32_t grid, channels;
@@ -22,7 +23,60 @@ struct MiningParams {
   int32_t padding;
 };
 
-// patch_mining_any: every geometry.
+// -- patch_mining: windows of 8 x 8 positions on maps of 1, 1/2, 1/4 and 1/8 of their size
+
+constexpr int kMiningWindow = 8;      // positions a side
+constexpr int kMiningStageWarps = 3;  // share the slices of a stage: 3, 6, 12 and 24 of MGM's tower
+constexpr int kMiningWindowThreads = 32 * kMiningStages * kMiningStageWarps;
+constexpr int kMiningSlice = 64;       // channels of a slice: a cell's row of 128 bytes
+constexpr int kMiningMostSlots = 8;    // that a warp keeps in shared memory
+constexpr int kMiningGPerThread = 16;  // values of g in registers: at most 16 * 384 channels
+
+// Cells a side that a window of stage s takes part in, the halo of the interpolation included.
+template <int s>
+inline constexpr int kMiningSide = (kMiningWindow >> s) + (s > 0 ? 2 : 0);
+template <int s>
+inline constexpr int kMiningCells = kMiningSide<s> * kMiningSide<s>;
+// Scalars of the cells: first the square of each, then its products with the three pieces of g, then its sum;
+// past stage 0 then its products with the cells on the right, below left, below, and below right, as far as
+// there are such.
+template <int s>
+inline constexpr int kMiningScalars =
+    s == 0 ? 5 * kMiningCells<s> : 9 * kMiningCells<s> - 3 * kMiningSide<s> - 1;
+// Of the stages before s.
+template <int s>
+inline constexpr int kFirstMiningScalar = kFirstMiningScalar<s - 1> + kMiningScalars<s - 1>;
+template <>
+inline constexpr int kFirstMiningScalar<0> = 0;
+template <int s>
+inline constexpr int kFirstMiningCell = kFirstMiningCell<s - 1> + kMiningCells<s - 1>;
+template <>
+inline constexpr int kFirstMiningCell<0> = 0;
+
+// A block's shared memory, in bytes: the pieces of g for the first half of the work, and in their place what
+// the second half computes; a row of ones; the slots.
+constexpr int kMiningMomentsAt = kMiningStageWarps * kFirstMiningScalar<kMiningStages> * 4;
+constexpr int kMiningWeightsAt = kMiningMomentsAt + 4 * kMiningStages * kMiningWindow * kMiningWindow * 4;
+constexpr int kMiningStripsAt = kMiningWeightsAt + kFirstMiningCell<kMiningStages> * 4;
+constexpr int kMiningScalarsEnd = kMiningStripsAt + 128 * 4;
+constexpr int kMiningRow = kMiningSlice * 2;  // bytes
+constexpr int kMiningPieces = 3;              // that g is split into
+
+// What warp w of a stage's kMiningStageWarps works on: its slices w, w + 3, ... of which it keeps up to
+// `slots` in shared memory. What does not stay is read again for the result.
+struct MiningShare {
+  int32_t slices, slots, at;  // at: byte offset of the first slot
+};
+
+struct MiningWindowParams {
+  MiningParams p;
+  MiningShare shares[kMiningStages * kMiningStageWarps];
+  int32_t first_slice[kMiningStages];
+  int32_t total_slices, ones_at;  // ones_at: byte offset of the row of ones
+};
+
+// -- patch_mining_any: every geometry
+
 constexpr int kMiningThreads = 256;
 
 // Position i of an axis of the window = sum over k < taps of weight[i * taps + k] * cell[start[i] + k].
