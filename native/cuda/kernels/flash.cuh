@@ -264,8 +264,16 @@ struct FlashRows {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) seen[i][h] = seen_by(warp_row + i * 16 + h * 8 + lane / 4);
+      for (int h = 0; h < 2; ++h) seen[i][h] = seen_by(row(i, h));
     most_seen = warp_row < rows ? seen_by(min(warp_row + kRowTiles * 16, rows) - 1) : 0;
+  }
+
+  // The row in the block of FlashState's [i][h], and the column of o[i][j][2 h].
+  __device__ __forceinline__ int row(int i, int h) const {
+    return warp_row + i * 16 + h * 8 + lane / 4;
+  }
+  __device__ __forceinline__ int column(int j) const {
+    return warp_column + j * 8 + lane % 4 * 2;
   }
 
   // Rows of the block beyond its last are taken for more queries.
@@ -387,10 +395,9 @@ struct FlashRows {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float r = normalizer(state.sum[i][h], seen[i][h]);
-        const int row = warp_row + i * 16 + h * 8 + lane / 4, column = warp_column + lane % 4 * 2;
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j)
-          *reinterpret_cast<uint32_t*>(queries + row * kRowBytes + (column + j * 8) * 2) =
+          *reinterpret_cast<uint32_t*>(queries + row(i, h) * kRowBytes + column(j) * 2) =
               pack_two<T>(__fmul_rn(state.o[i][j][2 * h], r), __fmul_rn(state.o[i][j][2 * h + 1], r));
       }
     __syncthreads();
@@ -398,15 +405,15 @@ struct FlashRows {
     if (p.out_d % 8 == 0) {
       const int pieces = p.out_d / 8;
       for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
-        const int row = i / pieces, piece = i - row * pieces;
-        *reinterpret_cast<uint4*>(p.out + offset(row, stride, p.out_d) + piece * 8) =
-            *reinterpret_cast<const uint4*>(queries + row * kRowBytes + piece * 16);
+        const int from = i / pieces, piece = i - from * pieces;
+        *reinterpret_cast<uint4*>(p.out + offset(from, stride, p.out_d) + piece * 8) =
+            *reinterpret_cast<const uint4*>(queries + from * kRowBytes + piece * 16);
       }
     } else {
       for (int i = threadIdx.x; i < rows * p.out_d; i += kThreads) {
-        const int row = i / p.out_d, column = i - row * p.out_d;
-        p.out[offset(row, stride, p.out_d) + column] =
-            *reinterpret_cast<const uint16_t*>(queries + row * kRowBytes + column * 2);
+        const int from = i / p.out_d, at = i - from * p.out_d;
+        p.out[offset(from, stride, p.out_d) + at] =
+            *reinterpret_cast<const uint16_t*>(queries + from * kRowBytes + at * 2);
       }
     }
   }
