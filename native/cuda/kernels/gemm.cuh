@@ -66,6 +66,14 @@ struct Weights<T, WeightType::int8> {
   }
 };
 
+// word & kMask | bits in one instruction.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t masked_or(uint32_t word, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(kMask), "r"(bits));
+  return result;
+}
+
 template <class T>
 struct Weights<T, WeightType::int4> {
   uint32_t q, scale_min;
@@ -78,10 +86,10 @@ struct Weights<T, WeightType::int4> {
     const float s = both.x, at_12 = fmaf(-2048.0f, s, both.y), at_16 = fmaf(-128.0f, s, both.y);
     // A nibble in bits 12 to 15 of 2048.0f, or in bits 16 to 19 of 128.0f, counts ones.
     const auto from_12 = [&](uint32_t word) {
-      return fmaf(__uint_as_float((word & 0x0000f000u) | 0x45000000u), s, at_12);
+      return fmaf(__uint_as_float(masked_or<0x0000f000u>(word, 0x45000000u)), s, at_12);
     };
     const auto from_16 = [&](uint32_t word) {
-      return fmaf(__uint_as_float((word & 0x000f0000u) | 0x43000000u), s, at_16);
+      return fmaf(__uint_as_float(masked_or<0x000f0000u>(word, 0x43000000u)), s, at_16);
     };
     to[0] = pack_two<T>(from_16(q << 16), from_12(q << 8));
     to[1] = pack_two<T>(from_16(q << 8), from_12(q));
@@ -286,7 +294,7 @@ template <int kColumns>
 __device__ __forceinline__ int result_at(int row, int column) {
   if (kColumns < 32) return row * kColumns + column;  // a few threads' work
   const int piece = column / 4;
-  const int low = kColumns == 32 ? (row ^ row >> 1) & 1 : piece >> 3 & 1;
+  const int low = kColumns == 32 ? (row ^ row >> 1) & 1 : piece >> 3 & 3;
   return row * kColumns + (piece ^ (row & 3) << 1 ^ low) * 4 + column % 4;
 }
 
@@ -309,27 +317,48 @@ MGM_ANYWHERE int log2_of(int x) {
   return x > 1 ? 1 + log2_of(x / 2) : 0;
 }
 
-// One output a thread and turn. row_of(r): the row of the result that row r of the tile holds, negative:
-// none.
+// What columns bring to their results.
+template <int kCount>
+struct ColumnTerms {
+  float bias[kCount] = {}, up_bias[kCount] = {}, scale[kCount];
+};
+
+// From sums to results. Whoever finishes a result does it by these very operations: its bits are the same.
+template <int kCount>
+__device__ __forceinline__ void finish_sums(float (&x)[kCount], const float (&up)[kCount],
+                                            const float (&added)[kCount], const ColumnTerms<kCount>& terms,
+                                            const Epilogue& e) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] += terms.bias[i];
+  activate(x, e.activation);
+  if (e.gated) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] *= up[i] + terms.up_bias[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = fmaf(x[i], terms.scale[i], added[i]);
+}
+
+// One output a thread and turn; `thread` of kThreads. row_of(r): the row of the result that row r of the tile
+// holds, negative: none.
 template <class T, int kRows, int kColumns, int kThreads, class RowOf>
 __device__ __forceinline__ void finish_elements(const Epilogue& e, const float* tile, int first_output,
-                                                RowOf row_of) {
+                                                RowOf row_of, int thread) {
   const int log_width = log2_of(kColumns) - e.gated;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kRows << log_width; i += kThreads) {
+  for (int i = thread; i < kRows << log_width; i += kThreads) {
     const int tile_row = i >> log_width, tile_output = i & (1 << log_width) - 1;
     const int row = row_of(tile_row), output = first_output + tile_output;
     if (row < 0 || output >= e.outputs) continue;
     const int column = column_of(tile_output, e.gated);
-    float value[1] = {tile[result_at<kColumns>(tile_row, column)]};
-    if (e.bias) value[0] += e.bias[output];
-    activate(value, e.activation);
-    if (e.gated) {
-      const float up = tile[result_at<kColumns>(tile_row, column + kPanelRows)];
-      value[0] *= e.bias ? up + e.bias[e.outputs + output] : up;
-    }
-    if (e.scale) value[0] *= e.scale[output];
-    if (e.residual) value[0] += to_float(static_cast<const T*>(e.residual)[residual_at(e, row) + output]);
+    ColumnTerms<1> terms;
+    if (e.bias) terms.bias[0] = e.bias[output];
+    if (e.bias && e.gated) terms.up_bias[0] = e.bias[e.outputs + output];
+    terms.scale[0] = e.scale ? e.scale[output] : 1.0f;
+    float value[1] = {tile[result_at<kColumns>(tile_row, column)]}, up[1] = {}, added[1] = {};
+    if (e.gated) up[0] = tile[result_at<kColumns>(tile_row, column + kPanelRows)];
+    if (e.residual) added[0] = to_float(static_cast<const T*>(e.residual)[residual_at(e, row) + output]);
+    finish_sums(value, up, added, terms, e);
     const int64_t to = static_cast<int64_t>(row) * e.outputs + output;
     if (e.out_f32)
       static_cast<float*>(e.out)[to] = value[0];
@@ -338,84 +367,79 @@ __device__ __forceinline__ void finish_elements(const Epilogue& e, const float* 
   }
 }
 
-// Eight outputs a thread and turn, in two halves of four: neighbours, if they fill 16 bytes together, else a
-// row's half apart. Needs e.aligned.
+__device__ __forceinline__ void load_four(float* to, const float* from) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
+// Eight outputs a thread and turn, the same columns in every turn: two fours, neighbours if they fill 16
+// bytes together, else half a row of the tile apart. Needs e.aligned.
 template <class T, int kRows, int kColumns, int kThreads, class RowOf>
 __device__ __forceinline__ void finish_vectors(const Epilogue& e, const float* tile, int first_output,
                                                RowOf row_of) {
   const int log_lanes = log2_of(kColumns / 8) - e.gated, lanes = 1 << log_lanes;
+  const int lane = threadIdx.x & lanes - 1;
+  int output[2];
+  ColumnTerms<8> terms;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    output[half] = e.out_f32 ? (half * lanes + lane) * 4 : lane * 8 + half * 4;
+    const int at = first_output + output[half];
+    const bool valid = at < e.outputs;
+    if (e.bias && valid) load_four(terms.bias + half * 4, e.bias + at);
+    if (e.bias && valid && e.gated) load_four(terms.up_bias + half * 4, e.bias + e.outputs + at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) terms.scale[half * 4 + i] = 1.0f;
+    if (e.scale && valid) load_four(terms.scale + half * 4, e.scale + at);
+  }
+  if (first_output + output[0] >= e.outputs) return;
+
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kRows << log_lanes; i += kThreads) {
-    const int tile_row = i >> log_lanes, lane = i & lanes - 1, row = row_of(tile_row);
+  for (int tile_row = threadIdx.x >> log_lanes; tile_row < kRows; tile_row += kThreads >> log_lanes) {
+    const int row = row_of(tile_row);
     if (row < 0) continue;
-    const T* residual = static_cast<const T*>(e.residual);
-    if (residual) residual += residual_at(e, row) + first_output;
-    const int64_t to = static_cast<int64_t>(row) * e.outputs + first_output;
-    uint2 first_half = {}, added = {};
-#pragma unroll 1
+    float value[8], up[8] = {}, added[8] = {};
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int tile_output = e.out_f32 ? (half * lanes + lane) * 4 : lane * 8 + half * 4;
-      const int output = first_output + tile_output, column = column_of(tile_output, e.gated);
-      if (output >= e.outputs) break;
-      float value[4];
-      const auto load = [](float(&v)[4], const float* from) {
-        const float4 four = *reinterpret_cast<const float4*>(from);
-        v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
-      };
-      float other[4];
-      load(value, tile + result_at<kColumns>(tile_row, column));
-      if (e.bias) {
-        load(other, e.bias + output);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) value[j] += other[j];
-      }
-      activate(value, e.activation);
-      if (e.gated) {
-        float up[4];
-        load(up, tile + result_at<kColumns>(tile_row, column + kPanelRows));
-        if (e.bias) {
-          load(other, e.bias + e.outputs + output);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) up[j] += other[j];
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) value[j] *= up[j];
-      }
-      if (e.scale) {
-        load(other, e.scale + output);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) value[j] *= other[j];
-      }
-      if (residual) {
-        uint2 four;
-        if (e.out_f32) {
-          four = *reinterpret_cast<const uint2*>(residual + tile_output);
-        } else if (half == 0) {
-          const uint4 eight = *reinterpret_cast<const uint4*>(residual + tile_output);
-          four = make_uint2(eight.x, eight.y);
-          added = make_uint2(eight.z, eight.w);
-        } else {
-          four = added;
-        }
-        const float2 low = unpack_two<T>(four.x), high = unpack_two<T>(four.y);
-        value[0] += low.x, value[1] += low.y, value[2] += high.x, value[3] += high.y;
-      }
+      const int column = column_of(output[half], e.gated);
+      load_four(value + half * 4, tile + result_at<kColumns>(tile_row, column));
+      if (e.gated) load_four(up + half * 4, tile + result_at<kColumns>(tile_row, column + kPanelRows));
+    }
+    const int64_t to = static_cast<int64_t>(row) * e.outputs + first_output;
+    const bool second = first_output + output[1] < e.outputs;
+    if (e.residual) {
+      const T* residual = static_cast<const T*>(e.residual) + residual_at(e, row) + first_output;
+      uint4 eight = {};
       if (e.out_f32) {
-        *reinterpret_cast<float4*>(static_cast<float*>(e.out) + to + tile_output) =
-            make_float4(value[0], value[1], value[2], value[3]);
+        const uint2 low = *reinterpret_cast<const uint2*>(residual + output[0]);
+        const uint2 high = second ? *reinterpret_cast<const uint2*>(residual + output[1]) : uint2{};
+        eight = make_uint4(low.x, low.y, high.x, high.y);
       } else {
-        const uint2 packed = make_uint2(pack_two<T>(value[0], value[1]), pack_two<T>(value[2], value[3]));
-        if (half == 1)
-          *reinterpret_cast<uint4*>(static_cast<T*>(e.out) + to + tile_output - 4) =
-              make_uint4(first_half.x, first_half.y, packed.x, packed.y);
-        first_half = packed;
+        eight = *reinterpret_cast<const uint4*>(residual + output[0]);
       }
+      const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 two = unpack_two<T>(pairs[i]);
+        added[i * 2] = two.x, added[i * 2 + 1] = two.y;
+      }
+    }
+    finish_sums(value, up, added, terms, e);
+    if (e.out_f32) {
+      float* out = static_cast<float*>(e.out) + to;
+      *reinterpret_cast<float4*>(out + output[0]) = make_float4(value[0], value[1], value[2], value[3]);
+      if (second)
+        *reinterpret_cast<float4*>(out + output[1]) = make_float4(value[4], value[5], value[6], value[7]);
+    } else {
+      *reinterpret_cast<uint4*>(static_cast<T*>(e.out) + to + output[0]) =
+          make_uint4(pack_two<T>(value[0], value[1]), pack_two<T>(value[2], value[3]),
+                     pack_two<T>(value[4], value[5]), pack_two<T>(value[6], value[7]));
     }
   }
 }
 
 template <TileName kTile, int kPart>
-__device__ __forceinline__ void store_part(const Accumulators<kTile>& sums, float* tile) {
+__device__ __forceinline__ void store_part(const Accumulators<kTile>& sums, uint32_t tile) {
   using Sums = Accumulators<kTile>;
   constexpr int kRows = Sums::kRows / parts_of(kTile), kN = kTiles[kTile].n;
   const int lane = threadIdx.x % 32;
@@ -428,7 +452,9 @@ __device__ __forceinline__ void store_part(const Accumulators<kTile>& sums, floa
         const int row = Sums::first_row() / parts_of(kTile) + i * 16 + pair * 8 + lane / 4;
         const int column = Sums::first_column() + j * 8 + lane % 4 * 2;
         const float* c = sums.c[kPart * kRows + i][j] + pair * 2;
-        *reinterpret_cast<float2*>(tile + result_at<kN>(row, column)) = make_float2(c[0], c[1]);
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(tile + result_at<kN>(row, column) * 4),
+                     "f"(c[0]), "f"(c[1])
+                     : "memory");
       }
 }
 
@@ -442,10 +468,10 @@ __device__ __forceinline__ void finish(const Epilogue& e, const Accumulators<kTi
 #pragma unroll 1
   for (int part = 0; part < kParts; ++part) {
     if (part == 0) {
-      store_part<kTile, 0>(sums, tile);
+      store_part<kTile, 0>(sums, shared_address(tile));
     } else {
       __syncthreads();
-      store_part<kTile, kParts - 1>(sums, tile);
+      store_part<kTile, kParts - 1>(sums, shared_address(tile));
     }
     __syncthreads();
     // The part holds a share of each warp's rows.
@@ -455,7 +481,7 @@ __device__ __forceinline__ void finish(const Epilogue& e, const Accumulators<kTi
     if (e.aligned)
       finish_vectors<T, kM, kN, threads_of(kTile)>(e, tile, first_output, row_of_part);
     else
-      finish_elements<T, kM, kN, threads_of(kTile)>(e, tile, first_output, row_of_part);
+      finish_elements<T, kM, kN, threads_of(kTile)>(e, tile, first_output, row_of_part, threadIdx.x);
   }
 }
 

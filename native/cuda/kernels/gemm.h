@@ -55,13 +55,13 @@ MGM_ANYWHERE int index_of(int k) {
 }
 
 // A block computes an m x n tile of x W^T with warps_m x warps_n warps; slices of kBlockK columns stream
-// through `stages` buffers. kFew: a warp multiplies up to 16 rows of x with one panel.
+// through `stages` buffers. kFew: a warp by itself multiplies up to 16 rows of x with two panels.
 struct Tile {
   int m, n, warps_m, warps_n, stages;
 };
 enum TileName { kLarge, kSmall, kThin, kFew, kTileNames };
 constexpr Tile kTiles[kTileNames] = {
-    {128, 128, 2, 2, 3}, {64, 64, 2, 2, 6}, {64, 32, 2, 2, 8}, {16, 16, 1, 2, 8}};
+    {128, 128, 2, 2, 3}, {64, 64, 2, 2, 6}, {64, 32, 2, 2, 8}, {16, 16, 1, 1, 8}};
 
 MGM_ANYWHERE int threads_of(TileName name) {
   return kTiles[name].warps_m * kTiles[name].warps_n * 32;
@@ -79,18 +79,33 @@ MGM_ANYWHERE int tile_shared_bytes(TileName name, WeightType type) {
   return slices > result ? slices : result;
 }
 
-// kFew: columns of K a stage holds.
-MGM_ANYWHERE int few_columns(WeightType type) {
-  return type == WeightType::half ? 64 : 128;
-}
-MGM_ANYWHERE int few_stage_bytes(WeightType type, int rows) {
-  return few_columns(type) / kBlockK * block_bytes(type) + rows * few_columns(type) * 2;
-}
+// kFew. A stage holds kFewColumns columns of W. x comes in slabs of as many columns, rows of 128 bytes; if
+// they do not all fit, in two buffers by turns.
+constexpr int kFewColumns = 64, kFewBufferBytes = 16 << 10, kFewMostWarps = 4;
 
-MGM_ANYWHERE int few_shared_bytes(WeightType type, int rows) {
-  const int stages = kTiles[kFew].warps_n * kTiles[kFew].stages * few_stage_bytes(type, rows);
-  const int result = kTiles[kFew].m * kTiles[kFew].n * 4;
-  return stages > result ? stages : result;
+MGM_ANYWHERE int few_stages(WeightType type) {
+  return type == WeightType::half ? 6 : 8;
+}
+MGM_ANYWHERE int few_panel_bytes(WeightType type) {
+  return kFewColumns / kBlockK * block_bytes(type);
+}
+MGM_ANYWHERE int few_ring_bytes(WeightType type) {
+  return few_stages(type) * kTiles[kFew].n / kPanelRows * few_panel_bytes(type);
+}
+MGM_ANYWHERE int few_slabs(int k) {
+  return (k + kFewColumns - 1) / kFewColumns;
+}
+MGM_ANYWHERE int few_slabs_in_buffer(int rows, int k) {
+  const int most = kFewBufferBytes / (rows * kFewColumns * 2);
+  return few_slabs(k) < most ? few_slabs(k) : most;
+}
+// Both buffers; x of up to one buffer needs no second.
+MGM_ANYWHERE int few_x_bytes(int rows, int k) {
+  const int held = few_slabs_in_buffer(rows, k);
+  return (held < few_slabs(k) ? 2 : 1) * held * rows * kFewColumns * 2;
+}
+MGM_ANYWHERE int few_shared_bytes(WeightType type, int rows, int k, int warps) {
+  return few_x_bytes(rows, k) + warps * few_ring_bytes(type);
 }
 
 // out[m] = residual[m % residual_rows] + scale * act(sum + bias), or act(gate + bias) * (up + bias) if gated.

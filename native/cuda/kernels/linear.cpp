@@ -42,12 +42,17 @@ void linear(Queue& queue, const LinearArgs& args) {
       epilogue_of(args.w, args.bias, args.scale, args.residual, args.activation, args.out)};
   const TileName tile = tile_for(m, n, queue.info().multiprocessors, true);
   const cuda::Kernel kernel{"linear", kKernels[x.dtype == DType::f16][static_cast<int>(type)][tile]};
-  const Grid grid =
-      tile == kFew ? Grid{ceil_div(params.panels, kTiles[kFew].n / kPanelRows)}
-                   : Grid{ceil_div(m, kTiles[tile].m), ceil_div(params.panels, kTiles[tile].n / kPanelRows)};
-  const int shared =
-      tile == kFew ? few_shared_bytes(type, static_cast<int>(m)) : tile_shared_bytes(tile, type);
-  queue.launch(kernel, grid, threads_of(tile), params, static_cast<size_t>(shared));
+  if (tile == kFew) {
+    // Few panels spread over all multiprocessors; many share x in a block.
+    const int64_t groups = ceil_div(params.panels, kTiles[kFew].n / kPanelRows);
+    const int64_t each = groups / queue.info().multiprocessors;
+    const int warps = each >= kFewMostWarps ? kFewMostWarps : each >= 2 ? 2 : 1;
+    queue.launch(kernel, {ceil_div(groups, warps)}, warps * 32, params,
+                 static_cast<size_t>(few_shared_bytes(type, params.m, params.k, warps)));
+  } else {
+    queue.launch(kernel, {ceil_div(m, kTiles[tile].m), ceil_div(params.panels, kTiles[tile].n / kPanelRows)},
+                 threads_of(tile), params, static_cast<size_t>(tile_shared_bytes(tile, type)));
+  }
 }
 
 }  // namespace mgm::cuda

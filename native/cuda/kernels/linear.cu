@@ -3,11 +3,11 @@
 // At least 2 M N K FLOP and, in bytes, 2 M K + w N K + 2 M N, w being 2, 1.06 or 0.63. A tile of m x n reads
 // M K N (2 / n + w / m) bytes.
 //
-// Up to 16 rows (decode): bound by the bytes of W, each of which is read once. A warp owns one panel and
-// walks along it; nothing but the panel's own copies limits it, and some 7 KiB of them a warp are under way
-// at any time. The price of results that do not depend on M is that K cannot be split: one warp adds up a
-// panel's products in order, which takes K / 16 dependent mma (some 33 cycles each on an A100: 6 us for K =
-// 4096, while 22 us of weights pass if N = 4096).
+// Up to 16 rows (decode): bound by the bytes of W, each of which is read once. A warp owns two panels and
+// walks along them; some 10 KiB of copies a warp are under way at any time, and nothing but a change of x's
+// buffer makes it wait for other warps. The price of results that do not depend on M is that K cannot be
+// split: one warp adds up a panel's products in order, which takes K / 16 dependent mma (some 33 cycles each
+// on an A100: 6 us for K = 4096, while 22 us of weights pass if N = 4096).
 #include "gemm.cuh"
 #include "linear.h"
 
@@ -29,74 +29,129 @@ __device__ __forceinline__ void multiply_tile(const LinearParams& p) {
                    [&](int row) { return first_row + row < p.m ? first_row + row : -1; });
 }
 
+// What a warp multiplies next: a block of two panels with its columns of x.
+template <class T, WeightType kWeights>
+struct Operands {
+  uint32_t x[2][4];
+  Weights<T, kWeights> w[2];
+
+  __device__ __forceinline__ void multiply(float (&c)[2][4]) const {
+#pragma unroll
+    for (int panel = 0; panel < 2; ++panel) {
+      uint32_t b[4];
+      w[panel].unpack(b);
+      multiply_add<T>(c[panel], x[0], b[0], b[1]);
+      multiply_add<T>(c[panel], x[1], b[2], b[3]);
+    }
+  }
+};
+
 template <class T, WeightType kWeights>
 __device__ __forceinline__ void multiply_few(const LinearParams& p) {
-  constexpr int kStages = kTiles[kFew].stages, kPanels = kTiles[kFew].n / kPanelRows;
-  constexpr int kColumns = few_columns(kWeights), kBlocks = kColumns / kBlockK;
-  constexpr int kBytes = kBlocks * block_bytes(kWeights);  // of W in a stage
-  constexpr int kPieces = kColumns / 8;                    // of a row of x in a stage
+  constexpr int kStages = few_stages(kWeights), kPanelBytes = few_panel_bytes(kWeights);
+  constexpr int kStage = 2 * kPanelBytes, kPieces = kPanelBytes / 16, kCopies = (2 * kPieces + 31) / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t stage_bytes = few_stage_bytes(kWeights, p.m);
-  const uint32_t begin = shared_address(shared) + warp * kStages * stage_bytes,
-                 end = begin + kStages * stage_bytes;
+  const int group = blockIdx.x * (blockDim.x / 32) + warp;
+  const uint32_t x_begin = shared_address(shared), slab_bytes = p.m * kFewColumns * 2;
+  const uint32_t ring = x_begin + few_x_bytes(p.m, p.k) + warp * few_ring_bytes(kWeights);
 
-  // Copies: the warp's panel from end to end, and the same columns of every row of x.
-  const int panel = min(static_cast<int>(blockIdx.x) * kPanels + warp, p.panels - 1);
-  const int64_t panel_size = static_cast<int64_t>(p.blocks) * block_bytes(kWeights);
-  const uint8_t* w_from = p.w + panel * panel_size + lane * 16;
-  int64_t w_left = panel_size - lane * 16;
-  const int row = lane / kPieces, piece = lane % kPieces;
-  const uint16_t* x_from = static_cast<const uint16_t*>(p.x) + row * p.x_stride + piece * 8;
-  int x_left = p.k - piece * 8;
-  const auto copy = [&](uint32_t stage) {
+  // W: a stage is kPanelBytes of either panel. Panels past the last repeat it.
+  const int panel_size = p.blocks * block_bytes(kWeights);
+  const uint8_t* w_from[kCopies];
 #pragma unroll
-    for (int i = 0; i < kBytes; i += 512)
-      if (i + 512 <= kBytes || lane * 16 < kBytes - i)
-        copy_async(stage + lane * 16 + i, w_from + i, w_left > i ? 16 : 0);
-    for (int r = row; r < p.m; r += 32 / kPieces)
-      copy_async_cached(stage + kBytes + swizzled<kPieces>(r, piece), x_from + (r - row) * p.x_stride,
-                        x_left > 0 ? 16 : 0);
-    commit_copies();
-    w_from += kBytes, w_left -= kBytes;
-    x_from += kColumns, x_left -= kColumns;
+  for (int i = 0; i < kCopies; ++i) {
+    const int at = lane + i * 32;
+    w_from[i] = p.w + min(group * 2 + at / kPieces, p.panels - 1) * static_cast<int64_t>(panel_size) +
+                at % kPieces * 16;
+  }
+  int w_left = panel_size;
+  const auto copy_w = [&](uint32_t stage) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int at = lane + i * 32;
+      if (2 * kPieces % 32 == 0 || at < 2 * kPieces)
+        copy_async(stage + at * 16, w_from[i], at % kPieces * 16 < w_left ? 16 : 0);
+      w_from[i] += kPanelBytes;
+    }
+    w_left -= kPanelBytes;
   };
 
-  float c[4] = {};
-  const int x_row = min(lane % 16, p.m - 1);  // rows past the last repeat it
-  for (int i = 0; i < kStages - 1; ++i) copy(begin + i * stage_bytes);
-  uint32_t read = begin, write = end - stage_bytes;
-  for (int block = 0; block < p.blocks; block += kBlocks) {
-    wait_copies<kStages - 2>();
-    __syncwarp();
-    copy(write);
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      if (block + i >= p.blocks) break;
-      Weights<T, kWeights> packed;
-      packed.load(read + i * block_bytes(kWeights), lane);
-      uint32_t b[4], a[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        load_matrices(a[half], read + kBytes + swizzled<kPieces>(x_row, i * 4 + half * 2 + lane / 16));
-      packed.unpack(b);
-      multiply_add<T>(c, a[0], b[0], b[1]);
-      multiply_add<T>(c, a[1], b[2], b[3]);
+  // x: the slabs that fill a buffer, by all warps together.
+  const int slabs = few_slabs(p.k), held = few_slabs_in_buffer(p.m, p.k);
+  const auto copy_x = [&](int first, uint32_t buffer) {
+    const int step = blockDim.x / 8, slab_step = step / p.m, row_step = step % p.m;
+    const int piece = threadIdx.x % 8, start = threadIdx.x / 8, last = min(held, slabs - first);
+    for (int slab = start / p.m, row = start % p.m; slab < last; slab += slab_step, row += row_step) {
+      if (row >= p.m) {
+        row -= p.m;
+        if (++slab >= last) break;
+      }
+      const int column = (first + slab) * kFewColumns + piece * 8;
+      copy_async_cached(buffer + slab * slab_bytes + swizzled<8>(row, piece),
+                        static_cast<const uint16_t*>(p.x) + row * p.x_stride + column, column < p.k ? 16 : 0);
     }
-    write = read;
-    read += stage_bytes;
-    if (read == end) read = begin;
+  };
+
+  copy_x(0, x_begin);
+  for (int i = 0; i < kStages; ++i) {
+    copy_w(ring + i * kStage);
+    if (i == 1) copy_x(held, x_begin + held * slab_bytes);
+    commit_copies();
   }
-  wait_copies<0>();
+  wait_copies<kStages - 1>();
   __syncthreads();
 
-  float* tile = reinterpret_cast<float*>(shared);
-  constexpr int kN = kTiles[kFew].n;
+  const int x_row = min(lane % 16, p.m - 1);  // rows past the last repeat it
+  uint32_t stage = ring, slab_at = x_begin;
+  const auto load = [&](Operands<T, kWeights>& to, int block) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    tile[result_at<kN>(lane / 4 + i / 2 * 8, warp * kPanelRows + lane % 4 * 2 + i % 2)] = c[i];
-  __syncthreads();
-  finish_elements<T, kTiles[kFew].m, kN, threads_of(kFew)>(
-      p.epilogue, tile, first_output<kFew>(p.epilogue, blockIdx.x), [&](int r) { return r < p.m ? r : -1; });
+    for (int panel = 0; panel < 2; ++panel)
+      to.w[panel].load(stage + panel * kPanelBytes + block * block_bytes(kWeights), lane);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      load_matrices(to.x[half], slab_at + swizzled<8>(x_row, block * 4 + half * 2 + lane / 16));
+  };
+  Operands<T, kWeights> first, second;
+  float c[2][4] = {};
+  load(first, 0);
+  uint32_t buffer = x_begin, other = x_begin + held * slab_bytes;
+  for (int done = 0; done < slabs; done += held) {
+    const int end = min(done + held, slabs);
+    for (int slab = done; slab < end; ++slab) {
+      load(second, 1);
+      first.multiply(c);
+      wait_copies<kStages - 2>();
+      __syncwarp();
+      copy_w(stage);
+      commit_copies();
+      stage += kStage;
+      if (stage == ring + kStages * kStage) stage = ring;
+      if (slab + 1 < end) slab_at += slab_bytes;
+      load(first, 0);
+      if (slab * 2 + 1 < p.blocks) second.multiply(c);
+    }
+    if (end == slabs) break;
+    // Everyone's copies to the other buffer are there, and this one has been read.
+    __syncthreads();
+    copy_x(end + held, buffer);
+    slab_at = other;
+    other = buffer;
+    buffer = slab_at;
+    load(first, 0);
+  }
+  wait_copies<0>();
+  __syncwarp();
+
+  constexpr int kN = kTiles[kFew].n;
+  float* tile = reinterpret_cast<float*>(shared + (ring - x_begin));
+#pragma unroll
+  for (int panel = 0; panel < 2; ++panel)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      tile[result_at<kN>(lane / 4 + i / 2 * 8, panel * kPanelRows + lane % 4 * 2 + i % 2)] = c[panel][i];
+  __syncwarp();
+  finish_elements<T, kTiles[kFew].m, kN, 32>(
+      p.epilogue, tile, first_output<kFew>(p.epilogue, group), [&](int r) { return r < p.m ? r : -1; }, lane);
 }
 
 }  // namespace
@@ -106,13 +161,13 @@ __device__ __forceinline__ void multiply_few(const LinearParams& p) {
       name(const __grid_constant__ LinearParams p) {                     \
     multiply_tile<T, weights, tile>(p);                                  \
   }
-#define MULTIPLY(name, T, weights)                               \
-  MULTIPLY_TILE(name##_large, T, weights, kLarge, 2)             \
-  MULTIPLY_TILE(name##_small, T, weights, kSmall, 4)             \
-  MULTIPLY_TILE(name##_thin, T, weights, kThin, 4)               \
-  extern "C" __global__ void __launch_bounds__(threads_of(kFew)) \
-      name##_few(const __grid_constant__ LinearParams p) {       \
-    multiply_few<T, weights>(p);                                 \
+#define MULTIPLY(name, T, weights)                                 \
+  MULTIPLY_TILE(name##_large, T, weights, kLarge, 2)               \
+  MULTIPLY_TILE(name##_small, T, weights, kSmall, 4)               \
+  MULTIPLY_TILE(name##_thin, T, weights, kThin, 4)                 \
+  extern "C" __global__ void __launch_bounds__(kFewMostWarps * 32) \
+      name##_few(const __grid_constant__ LinearParams p) {         \
+    multiply_few<T, weights>(p);                                   \
   }
 MULTIPLY(linear_bf16, __nv_bfloat16, WeightType::half)
 MULTIPLY(linear_bf16_int8, __nv_bfloat16, WeightType::int8)

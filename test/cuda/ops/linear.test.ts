@@ -34,6 +34,9 @@ cudaTests('linear on CUDA', cuda => {
     { m: 16, n: 40, k: 168 },
     { m: 67, n: 129, k: 100 },
     { m: 130, n: 72, k: 33 },
+    // Few rows whose x takes more than one buffer.
+    { m: 13, n: 24, k: 1320 },
+    { m: 16, n: 8, k: 1024 },
   ]
   it.each(
     cases.flatMap(size => HALVES.flatMap(dtype => [dtype, 'int8', 'int4'].map(w => ({ ...size, dtype, w })))),
