@@ -292,10 +292,23 @@ __device__ __forceinline__ void activate(float (&x)[kCount], int activation) {
 // written, and eight outputs a lane read, without bank conflicts.
 template <int kColumns>
 __device__ __forceinline__ int result_at(int row, int column) {
-  if (kColumns < 32) return row * kColumns + column;  // a few threads' work
   const int piece = column / 4;
-  const int low = kColumns == 32 ? (row ^ row >> 1) & 1 : piece >> 3 & 3;
-  return row * kColumns + (piece ^ (row & 3) << 1 ^ low) * 4 + column % 4;
+  int other;
+  if (kColumns == 16)
+    other = row & 2;
+  else if (kColumns == 32)
+    other = (row & 3) << 1 ^ ((row ^ row >> 1) & 1);
+  else
+    other = (row & 3) << 1 ^ (piece >> 3 & 3);
+  return row * kColumns + (piece ^ other) * 4 + column % 4;
+}
+
+// Two neighbours of a fragment to a tile at shared address `tile`.
+template <int kColumns>
+__device__ __forceinline__ void store_two(uint32_t tile, int row, int column, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(tile + result_at<kColumns>(row, column) * 4),
+               "f"(first), "f"(second)
+               : "memory");
 }
 
 // Column of the tile that holds (the gate of) output `output`; its up is kPanelRows further.
@@ -452,9 +465,7 @@ __device__ __forceinline__ void store_part(const Accumulators<kTile>& sums, uint
         const int row = Sums::first_row() / parts_of(kTile) + i * 16 + pair * 8 + lane / 4;
         const int column = Sums::first_column() + j * 8 + lane % 4 * 2;
         const float* c = sums.c[kPart * kRows + i][j] + pair * 2;
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(tile + result_at<kN>(row, column) * 4),
-                     "f"(c[0]), "f"(c[1])
-                     : "memory");
+        store_two<kN>(tile, row, column, c[0], c[1]);
       }
 }
 

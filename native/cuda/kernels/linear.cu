@@ -143,12 +143,13 @@ __device__ __forceinline__ void multiply_few(const LinearParams& p) {
   __syncwarp();
 
   constexpr int kN = kTiles[kFew].n;
-  float* tile = reinterpret_cast<float*>(shared + (ring - x_begin));
+  const float* tile = reinterpret_cast<const float*>(shared + (ring - x_begin));
 #pragma unroll
   for (int panel = 0; panel < 2; ++panel)
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      tile[result_at<kN>(lane / 4 + i / 2 * 8, panel * kPanelRows + lane % 4 * 2 + i % 2)] = c[panel][i];
+    for (int pair = 0; pair < 2; ++pair)
+      store_two<kN>(ring, lane / 4 + pair * 8, panel * kPanelRows + lane % 4 * 2, c[panel][pair * 2],
+                    c[panel][pair * 2 + 1]);
   __syncwarp();
   finish_elements<T, kTiles[kFew].m, kN, 32>(
       p.epilogue, tile, first_output<kFew>(p.epilogue, group), [&](int r) { return r < p.m ? r : -1; }, lane);
