@@ -33,6 +33,9 @@ std::string fault_text(const Fault& fault) {
     case FaultKind::embedding_id:
       return format("[embedding] expected an id below %lld but received %lld", ll(fault.limit),
                     ll(fault.value));
+    case FaultKind::expert_id:
+      return format("[grouped_linear] expected an expert from 0 to %lld but received %lld",
+                    ll(fault.limit - 1), ll(fault.value));
     case FaultKind::splice_index:
       return format("[splice_embeddings] expected an index from %lld to %lld but received %lld",
                     ll(fault.low), ll(fault.limit - 1), ll(fault.value));

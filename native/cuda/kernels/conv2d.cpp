@@ -27,6 +27,7 @@ void conv2d(Queue& queue, const Conv2dArgs& args) {
   p.image_pitch = x.shape[1] * row;
   p.row_pitch = row;
   p.pixel_pitch = channels;
+  p.line_jump = row - args.kernel_w * channels;
   p.m = static_cast<int32_t>(m);
   p.panels = static_cast<int32_t>(panels_of(n, false));
   p.blocks = static_cast<int32_t>(blocks_of(args.w.shape[1]));
@@ -46,7 +47,7 @@ void conv2d(Queue& queue, const Conv2dArgs& args) {
     return run % elements == 0 && row % elements == 0 && args.stride * channels % elements == 0 &&
            reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(2 * elements) == 0;
   };
-  const bool pieces = together(8);
+  const bool pieces = together(8) && run >= kBlockK;
   const TileName tile = pieces ? tile_for(m, n, queue.info().multiprocessors, false) : kSmall;
   const int kernel = pieces ? static_cast<int>(tile) : together(2) ? kPairs : kElements;
   queue.launch({"conv2d", kKernels[x.dtype == DType::f16][kernel]},

@@ -2,11 +2,11 @@
 // to where the product wants its slices; zeros where the kernel hangs over the border. K = kh * kw * C in the
 // order of memory: where nothing is padded, the kw pixels of a kernel row are one run.
 //
-// Patches whose runs are whole 16-byte pieces (every C that is a multiple of 8: the downsamplings, all of a
-// UNet) come by cp.async as the rows of linear do. Runs of whole 4-byte pairs (stems: 4 x 3 = 12 and 14 x 3 =
-// 42 elements) come by cp.async of 4 bytes, everything else by plain loads; both only in small tiles, since a
-// stem has 48 or 588 columns and its time is that of its bytes: four times the copies are cheaper than
-// writing and reading patches.
+// Patches whose runs are at least 64 bytes and whole 16-byte pieces (the downsamplings, all of a UNet but its
+// first layer) come by cp.async as the rows of linear do. Runs of whole 4-byte pairs (stems: 4 x 3 = 12 and
+// 14 x 3 = 42 elements) come by cp.async of 4 bytes, everything else by plain loads; both only in small
+// tiles, since a stem has 48 or 588 columns and its time is that of its bytes: four times the copies are
+// cheaper than writing and reading patches.
 //
 // At least 2 B OH OW O K FLOP and, in bytes, 2 (B H W C + O K + B OH OW O). A tile of m x n reads M K O (2 /
 // n + 2 / m).
@@ -18,21 +18,24 @@ namespace {
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-// Position in a patch, and in the image from the patch's first element.
+// Position in a patch; offset: in the image, from the patch's first element.
 struct Tap {
   int channel, x, y;
+  int64_t offset;
+  // kOnce: past the end of one pixel at most.
+  template <bool kOnce>
   __device__ __forceinline__ void advance(int elements, const Conv2dParams& p) {
     channel += elements;
-    while (channel >= p.channels) {
-      channel -= p.channels;
-      if (++x == p.kernel_w) {
-        x = 0;
-        ++y;
-      }
-    }
-  }
-  __device__ __forceinline__ int64_t offset(const Conv2dParams& p) const {
-    return y * p.row_pitch + x * p.pixel_pitch + channel;
+    offset += elements;
+    do {
+      const bool next = channel >= p.channels;
+      channel -= next ? p.channels : 0;
+      x += next;
+      const bool line = x == p.kernel_w;
+      x = line ? 0 : x;
+      y += line;
+      offset += line ? p.line_jump : 0;
+    } while (!kOnce && channel >= p.channels);
   }
 };
 
@@ -50,19 +53,17 @@ class Patches {
       from_[i] = static_cast<const uint16_t*>(p.x) + line / p.out_height * p.image_pitch +
                  y_[i] * p.row_pitch + x_[i] * p.pixel_pitch;
     }
-    tap_.advance(unit * kWidth, p);
+    tap_.advance<kLong>(unit * kWidth, p);
     to_ = swizzled<4>(row, unit * kWidth / 8) + unit * kWidth % 8 * 2;
   }
   __device__ __forceinline__ void copy(uint32_t slice) {
-    const int64_t offset = tap_.offset(p_);
     if constexpr (kUnit == 1) {
       Tap next = tap_;
-      next.advance(1, p_);
-      const int64_t next_offset = next.offset(p_);
+      next.advance<true>(1, p_);
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        const uint32_t low = inside(i, tap_) ? from_[i][offset] : 0,
-                       high = inside(i, next) ? from_[i][next_offset] : 0;
+        const uint32_t low = inside(i, tap_) ? from_[i][tap_.offset] : 0,
+                       high = inside(i, next) ? from_[i][next.offset] : 0;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(slice + to_ + i * kStep * kBlockK * 2),
                      "r"(low | high << 16)
                      : "memory");
@@ -73,15 +74,16 @@ class Patches {
         const uint32_t to = slice + to_ + i * kStep * kBlockK * 2;
         const int valid = inside(i, tap_) ? kUnit * 2 : 0;
         if constexpr (kUnit == 8)
-          copy_async(to, from_[i] + offset, valid);
+          copy_async(to, from_[i] + tap_.offset, valid);
         else
-          copy_async_small<4>(to, from_[i] + offset, valid);
+          copy_async_small<4>(to, from_[i] + tap_.offset, valid);
       }
     }
-    tap_.advance(kBlockK, p_);
+    tap_.advance<kLong>(kBlockK, p_);
   }
 
  private:
+  static constexpr bool kLong = kUnit == 8;  // pixels of at least kBlockK channels
   static constexpr int kWidth = kUnit == 8 ? 8 : 2,
                        kUnits = kBlockK / kWidth;  // of a thread; in a row of a slice
   static constexpr int kStep = threads_of(kTile) / kUnits, kCopies = kTiles[kTile].m / kStep;

@@ -14,6 +14,7 @@ enum class FaultKind : int32_t {
   query_offset,    // value: the offset; low: the one before; limit: the tokens; where: the index
   key_offset,      // the same of cu_k
   context_length,  // value: the length; low: its queries; limit: its pages' room; where: the sequence
+  expert_id,       // value: the id; limit: experts; where: the row and choice t * k + j
   page,            // value: the page; limit: pages; low: the block; where: the sequence
 };
 

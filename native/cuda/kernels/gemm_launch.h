@@ -18,6 +18,8 @@ Epilogue epilogue_of(const View& w, const View& bias, const View& scale, const V
 
 // True if every row of x, its length included, is whole 16-byte pieces.
 bool rows_aligned(const View& x);
+// x, or a copy of it, kept in `copy`, whose rows are; zeros past their length.
+View aligned_rows(Queue& queue, const View& x, std::shared_ptr<Storage>& copy);
 
 // embedding of a packed table.
 void packed_rows(Queue& queue, const EmbeddingArgs& args);

@@ -17,19 +17,21 @@ constexpr const char* kKernels[2][3][kTileNames] = {
 
 }  // namespace
 
+View aligned_rows(Queue& queue, const View& x, std::shared_ptr<Storage>& copy) {
+  if (rows_aligned(x)) return x;
+  const int64_t m = x.shape[0], width = ceil_div(x.shape[1], 8) * 8;
+  copy = queue.scratch(static_cast<size_t>(m * width) * 2);
+  const View aligned = contiguous_view(copy->data(), x.dtype, {m, width});
+  queue.launch({"linear", "align_rows"}, {m}, kAlignThreads,
+               AlignParams{x.u16(), aligned.u16(), x.strides[0], static_cast<int32_t>(x.shape[1]),
+                           static_cast<int32_t>(width)});
+  return aligned;
+}
+
 void linear(Queue& queue, const LinearArgs& args) {
-  View x = args.x;
-  const int64_t m = x.shape[0], n = args.w.shape[0];
   std::shared_ptr<Storage> copy;
-  if (!rows_aligned(x)) {
-    const int64_t width = ceil_div(x.shape[1], 8) * 8;
-    copy = queue.scratch(static_cast<size_t>(m * width) * 2);
-    View aligned = contiguous_view(copy->data(), x.dtype, {m, width});
-    queue.launch({"linear", "align_rows"}, {m}, kAlignThreads,
-                 AlignParams{x.u16(), aligned.u16(), x.strides[0], static_cast<int32_t>(x.shape[1]),
-                             static_cast<int32_t>(width)});
-    x = aligned;
-  }
+  const View x = aligned_rows(queue, args.x, copy);
+  const int64_t m = x.shape[0], n = args.w.shape[0];
   const WeightType type = weight_type_of(args.w);
   const LinearParams params{
       x.data,

@@ -20,17 +20,10 @@ const cases: Record<'pieces' | 'pairs' | 'elements', Record<string, Case>> = {
   pieces: {
     'downsampling by 2': { ...base, batch: 2, channels: 72, outputs: 40, kernel: [2, 2], stride: 2 },
     '3x3 with padding': { ...base, channels: 40, outputs: 65, kernel: [3, 3], pad: 1 },
-    '3x3 of few channels with stride 2': {
-      ...base,
-      batch: 3,
-      channels: 8,
-      kernel: [3, 3],
-      stride: 2,
-      pad: 1,
-    },
+    '3x3 with stride 2': { ...base, batch: 3, channels: 32, kernel: [3, 3], stride: 2, pad: 1 },
     '1x1': { ...base, channels: 64, outputs: 136, kernel: [1, 1] },
-    'runs of several pixels': { ...base, width: 12, channels: 4, kernel: [2, 4], stride: 4 },
-    'only padding under most taps': { ...base, height: 1, width: 1, channels: 16, kernel: [3, 3], pad: 3 },
+    'runs of several pixels': { ...base, width: 16, channels: 4, kernel: [2, 8], stride: 4 },
+    'only padding under most taps': { ...base, height: 1, width: 1, channels: 40, kernel: [3, 3], pad: 3 },
   },
   pairs: {
     'CLIP patches': {
@@ -51,6 +44,14 @@ const cases: Record<'pieces' | 'pairs' | 'elements', Record<string, Case>> = {
       outputs: 48,
       kernel: [4, 4],
       stride: 4,
+    },
+    'few channels with stride 2': {
+      ...base,
+      batch: 3,
+      channels: 8,
+      kernel: [3, 3],
+      stride: 2,
+      pad: 1,
     },
     'padded pairs': { ...base, channels: 6, kernel: [3, 3], pad: 1 },
   },
@@ -138,7 +139,7 @@ cudaTests('conv2d on the GPU', cuda => {
       batch: 4,
       height: 12,
       width: 12,
-      channels: 8,
+      channels: 32,
       outputs: 40,
       kernel: [3, 3],
       pad: 1,
@@ -164,7 +165,7 @@ cudaTests('conv2d on the GPU', cuda => {
 
   it('keeps what is not a number to the patches that see it', async () => {
     const random = new Random()
-    const c: Case = { ...base, channels: 8, outputs: 16, kernel: [3, 3], pad: 1 }
+    const c: Case = { ...base, channels: 32, outputs: 16, kernel: [3, 3], pad: 1 }
     const data = draw(c, random)
     data.x[3 * 8 + 1] = Number.POSITIVE_INFINITY
     data.x[98 * 8 + 7] = Number.NaN
