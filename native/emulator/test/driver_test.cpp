@@ -977,6 +977,54 @@ void threads() {
   NO_REPORTS();
 }
 
+// A new primary context with the test's module, in place of a dead one.
+void start_over() {
+  OK(cuDevicePrimaryCtxRelease_v2(0));
+  OK(cuDevicePrimaryCtxRetain(&context, 0));
+  OK(cuCtxSetCurrent(context));
+  OK(cuModuleLoadDataEx(&module_handle, kPtx, 0, nullptr, nullptr));
+  OK(cuModuleGetFunction(&twice, module_handle, "twice"));
+}
+
+// Planted: kernels that use memory which was given back before, by the host, in the stream, or since their
+// capture.
+void use_after_free() {
+  enum { by_host, in_stream, since_capture };
+  for (const char* seed : {"8", "9", "10"}) {
+    for (int how : {by_host, in_stream, since_capture}) {
+      OK(configure("seed", seed));
+      CUstream stream = nullptr;
+      OK(cuStreamCreate(&stream, 1));
+      CUdeviceptr kept = allocate(kCount * 4), gone = 0;
+      OK(cuMemAllocAsync(&gone, kCount * 4, stream));
+      OK(cuMemsetD32Async(gone, 1, kCount, stream));
+      if (how == by_host) {
+        OK(cuMemFree_v2(gone));
+        OK(launch_twice(kept, gone, stream));
+      } else if (how == in_stream) {
+        OK(cuMemFreeAsync(gone, stream));
+        OK(launch_twice(kept, gone, stream));
+      } else {
+        CUgraph graph = nullptr;
+        CUgraphExec exec = nullptr;
+        OK(cuStreamBeginCapture_v2(stream, 0));
+        OK(launch_twice(kept, gone, stream));
+        OK(cuStreamEndCapture(stream, &graph));
+        OK(cuGraphInstantiateWithFlags(&exec, graph, 0));
+        OK(cuGraphLaunch(exec, stream));
+        OK(cuStreamSynchronize(stream));
+        NO_REPORTS();
+        OK(cuMemFreeAsync(gone, stream));
+        OK(cuGraphLaunch(exec, stream));
+      }
+      EQUAL(cuStreamSynchronize(stream), CUDA_ERROR_ILLEGAL_ADDRESS);
+      REPORTED("use_after_free", "twice");
+      start_over();
+    }
+  }
+  NO_REPORTS();
+}
+
 // After a fault every call returns it, until the primary context is reset.
 void sticky_errors() {
   for (const char* seed : {"5", "6", "7"}) {
@@ -1159,6 +1207,7 @@ int main(int argc, char** argv) {
   graphs();
   devices();
   threads();
+  use_after_free();
   sticky_errors();
   planned_errors();
   std::printf("%d passed, %d failed\n", passed, failed);
