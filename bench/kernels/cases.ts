@@ -27,8 +27,8 @@ export interface KernelCase {
 }
 
 const BYTES = { f32: 4, bf16: 2 } as const
-/** Bytes a weight: quantized ones come in blocks of 32 with a scale. */
-const WEIGHT_BYTES = { bf16: 2, int8: 1 + 2 / 32, int4: 0.5 + 2 / 32 } as const
+/** Bytes a weight: quantized ones come in blocks of 32, with an f16 scale, and a minimum for int4. */
+const WEIGHT_BYTES = { bf16: 2, int8: 1 + 2 / 32, int4: 0.5 + 4 / 32 } as const
 type Storage = keyof typeof WEIGHT_BYTES
 
 /** Makes operands on a device. Numbers are uniform in ±scale; large tensors repeat the same 64 Ki of them. */
@@ -142,7 +142,7 @@ function linears(): KernelCase[] {
   return [
     linear('CLIP qkv', [577, 3072, 1024], { bias: true }),
     linear('CLIP fc1', [577, 4096, 1024], { bias: true, activation: 'quick_gelu' }),
-    linear('CLIP fc2', [577, 1024, 4096], { bias: true, residual: true }),
+    linear('CLIP fc2', [577, 1024, 4096], { bias: true, residual: true, peers: ['matmul_64x64x32'] }),
     linear('ConvNeXt pw1, stage 1,', [36864, 768, 192], { bias: true, activation: 'gelu' }),
     linear('ConvNeXt pw2, stage 1,', [36864, 192, 768], { bias: true, scale: true, residual: true }),
     linear('ConvNeXt pw1, stage 3,', [2304, 3072, 768], { bias: true, activation: 'gelu' }),
@@ -221,7 +221,7 @@ function paged(
       ]),
       tensorFlops: 4 * pairs * heads * d,
     },
-    sampled: false,
+    sampled: true,
     prepare(make) {
       const blocks = context / PAGE
       const q = make.a([batch * tokens, heads, d])
@@ -375,8 +375,7 @@ function mixtral(tokens: number): KernelCase {
       ]),
       tensorFlops: 2 * tokens * k * 2 * intermediate * hidden,
     },
-    // Counting and sorting by expert must be whole for the blocks of the product to find their rows.
-    sampled: false,
+    sampled: true,
     prepare(make) {
       const x = make.a([tokens, hidden])
       // One matrix stands for all experts: what is counted is the same, and it fits in memory.

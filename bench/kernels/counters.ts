@@ -22,6 +22,8 @@ export interface Launch {
   globalSectorsTouched: number
   sharedAccesses: number
   sharedConflictCycles: number
+  /** Of those, how many at each line of the PTX that has any. */
+  conflictsByLine: Record<string, number>
   barriers: number
 }
 
@@ -75,6 +77,14 @@ export function totals(launches: readonly Launch[]): Totals {
       sum.byClass[name] = (sum.byClass[name] ?? 0) + times * count
   }
   return sum
+}
+
+/** Of a launch's shared memory cycles, those lost to bank conflicts within some lines of its PTX. */
+export function conflictsWithin(launch: Launch, lines: readonly (readonly [number, number])[]): number {
+  const lost = Object.entries(launch.conflictsByLine)
+    .filter(([line]) => lines.some(([first, last]) => Number(line) >= first && Number(line) <= last))
+    .reduce((sum, [, cycles]) => sum + cycles, 0)
+  return lost / Math.max(1, launch.sharedAccesses + launch.sharedConflictCycles)
 }
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
@@ -148,7 +158,6 @@ export function emulateForeign(folder: string, name: string, sample: number): La
       encoding: 'utf8',
     })
     if (status !== 0) throw new Error(`${name} did not run: ${error?.message ?? stdout.trim()}`)
-    // It launches under several schedules; the counts are the same.
     return JSON.parse(readFileSync(file, 'utf8').split('\n')[0]!) as Launch
   } finally {
     rmSync(scratch, { recursive: true })

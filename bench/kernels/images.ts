@@ -25,6 +25,8 @@ export interface StaticKernel {
   /** Of its launch bounds; undefined if it has none. */
   maxThreads: number | undefined
   usage: Partial<Record<Target, Usage>>
+  /** Lines of the PTX file that its innermost loops span. */
+  hotLines: readonly Lines[]
   /** Of sm_80's machine code; undefined without a disassembler. */
   code: { instructions: number; localAccesses: number; loop: Loop | undefined } | undefined
 }
@@ -68,6 +70,47 @@ export function parseBounds(ptx: string): Map<string, number> {
       )
   }
   return bounds
+}
+
+/** First and last of a span of lines, counted from one. */
+export type Lines = readonly [number, number]
+
+/**
+ * { kernel: innermost loops } of PTX: spans between a label and a branch back to it that hold matrix products and no such
+ * span. Kernels without any: the same with eight multiply-adds.
+ */
+export function parseHotLines(ptx: string): Map<string, Lines[]> {
+  const hot = new Map<string, Lines[]>()
+  const lines = ptx.split('\n')
+  const innermost = (from: number, to: number): Lines[] => {
+    const labels = new Map<string, number>()
+    const loops: Lines[] = []
+    for (let at = from; at < to; at++) {
+      const label = /^\s*([$\w]+):/.exec(lines[at]!)?.[1]
+      if (label !== undefined) labels.set(label, at + 1)
+      const target = /\bbra(?:\.uni)?\s+([$\w]+);/.exec(lines[at]!)?.[1]
+      const back = target === undefined ? undefined : labels.get(target)
+      if (back !== undefined) loops.push([back, at + 1])
+    }
+    const holds = ([first, last]: Lines, pattern: RegExp, least: number) =>
+      lines.slice(first - 1, last).filter(line => pattern.test(line)).length >= least
+    for (const [pattern, least] of [[/\bmma\.sync\b/, 1] as const, [/\bfma\.rn\.f32\b/, 8] as const]) {
+      const working = loops.filter(loop => holds(loop, pattern, least))
+      if (working.length > 0)
+        return working.filter(
+          outer => !working.some(inner => inner !== outer && inner[0] >= outer[0] && inner[1] <= outer[1]),
+        )
+    }
+    return []
+  }
+  const entries = lines.flatMap((line, at) => {
+    const kernel = /^(?:\.visible )?\.entry (\w+)/.exec(line)?.[1]
+    return kernel === undefined ? [] : [{ kernel, at }]
+  })
+  entries.forEach(({ kernel, at }, i) => {
+    hot.set(kernel, innermost(at, entries[i + 1]?.at ?? lines.length))
+  })
+  return hot
 }
 
 /** Families of the last build, with the PTX that its addon carries. */
@@ -119,12 +162,14 @@ export async function inspect(
     ? parseSass((await run(options.disassembler, ['-hex', '-c', `${base}.sm_80.cubin`], BIG)).stdout)
     : undefined
   const bounds = parseBounds(text)
+  const hotLines = parseHotLines(text)
   return [...usages[0]![1].keys()].map(kernel => {
     const code = sass?.get(kernel)
     return {
       family,
       kernel,
       maxThreads: bounds.get(kernel),
+      hotLines: hotLines.get(kernel) ?? [],
       usage: Object.fromEntries(usages.map(([target, of]) => [target, of.get(kernel)!])),
       code: code && {
         instructions: code.length,

@@ -88,7 +88,7 @@ async function main(): Promise<void> {
     })
   }
 
-  const rows = cases.map(one => caseRow(one, outcomes.get(caseKey(one))!))
+  const rows = cases.map(one => caseRow(one, outcomes.get(caseKey(one))!, compiled))
   const launches = (kernel: string): Launch[] =>
     rows.flatMap(row => row.launches.filter(launch => launch.kernel === kernel))
   const report: Report = {

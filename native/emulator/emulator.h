@@ -93,6 +93,7 @@ struct Counters {
   uint64_t global_sectors_requested = 0,
            global_sectors_touched = 0;  // 32-byte sectors: lanes' bytes / 32 at best, and as accessed
   uint64_t shared_accesses = 0, shared_conflict_cycles = 0;
+  std::map<int, uint64_t> conflicts_by_line;  // of the PTX
   uint64_t barriers = 0;
 };
 

@@ -1,8 +1,8 @@
 import { describe, expect, it } from 'vitest'
 import { CASES, caseKey } from '../../bench/kernels/cases.ts'
-import { type Launch, leastSectors, totals } from '../../bench/kernels/counters.ts'
+import { conflictsWithin, type Launch, leastSectors, totals } from '../../bench/kernels/counters.ts'
 import { GPUS, occupancy, roofline } from '../../bench/kernels/gpus.ts'
-import { parseBounds, parseUsage } from '../../bench/kernels/images.ts'
+import { parseBounds, parseHotLines, parseUsage } from '../../bench/kernels/images.ts'
 import { caseRow, kernelRow, picture, type Report, shortfalls, table } from '../../bench/kernels/report.ts'
 import { innermostLoop, localAccesses, loops, parseSass } from '../../bench/kernels/sass.ts'
 
@@ -134,6 +134,29 @@ ptxas info    : Used 255 registers, 464 bytes cmem[0]`
   })
 })
 
+describe('PTX', () => {
+  it('has innermost loops with the arithmetic', () => {
+    const product = 'mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1};'
+    const ptx = [
+      '.visible .entry one(', // 1
+      '$L__BB0_1:',
+      '$L__BB0_2:', // 3
+      `\t${product}`,
+      '\t@%p1 bra \t$L__BB0_2;', // 5
+      '\tbra.uni \t$L__BB0_1;',
+      '$L__BB0_3:', // 7
+      '\t@%p2 bra \t$L__BB0_3;',
+      '.visible .entry two(', // 9
+      '$L__BB1_1:',
+      ...Array.from({ length: 8 }, () => '\tfma.rn.f32 \t%f1, %f2, %f3, %f1;'),
+      '\t@%p1 bra \t$L__BB1_1;', // 19
+      '.visible .entry three(',
+      `\t${product}`,
+    ].join('\n')
+    expect(Object.fromEntries(parseHotLines(ptx))).toEqual({ one: [[3, 5]], two: [[10, 19]], three: [] })
+  })
+})
+
 const LAUNCH: Launch = {
   kernel: 'copy',
   grid: [10, 2, 1],
@@ -148,6 +171,7 @@ const LAUNCH: Launch = {
   globalSectorsTouched: 30,
   sharedAccesses: 40,
   sharedConflictCycles: 4,
+  conflictsByLine: { 7: 3, 20: 1 },
   barriers: 1,
 }
 
@@ -164,6 +188,7 @@ describe('counters', () => {
       conflictCycles: 20,
     })
     expect(leastSectors(33)).toBe(2)
+    expect(conflictsWithin(LAUNCH, [[5, 10]])).toBe(3 / 44)
   })
 })
 
@@ -195,6 +220,7 @@ describe('the report', () => {
     family: 'linear',
     kernel,
     maxThreads: 256,
+    hotLines: [[5, 10] as const],
     usage: { sm_80: usage },
     code: {
       instructions: 4,
@@ -203,7 +229,7 @@ describe('the report', () => {
     },
   })
   const [product] = CASES.filter(one => one.peers?.includes('matmul_128x128x32'))
-  const launch = { ...LAUNCH, kernel: 'ours', sharedConflictCycles: 0 }
+  const launch: Launch = { ...LAUNCH, kernel: 'ours', conflictsByLine: { 20: 4 } }
   const report = (ours: Parameters<typeof kernelRow>[0], launches = [launch]): Report => ({
     date: '2026-01-01T00:00:00Z',
     commit: 'abc',
@@ -211,7 +237,7 @@ describe('the report', () => {
     sample: 5,
     disassembler: true,
     kernels: [kernelRow(ours, launches)],
-    cases: [caseRow(product!, { key: caseKey(product!), launches })],
+    cases: [caseRow(product!, { key: caseKey(product!), launches }, [ours])],
     peers: [
       {
         name: 'matmul_128x128x32',
@@ -231,12 +257,12 @@ describe('the report', () => {
     ])
     const spilling = { ...made('ours', 20), usage: { sm_80: { ...usage, spills: 8 } } }
     expect(shortfalls(report(spilling))).toEqual(['ours spills 8 bytes (sm_80)'])
-    const [conflict] = shortfalls(report(made('ours', 20), [{ ...launch, sharedConflictCycles: 10 }]))
-    expect(conflict).toMatch(/20 % of shared memory cycles are bank conflicts/)
+    const [conflict] = shortfalls(report(made('ours', 20), [{ ...launch, conflictsByLine: { 6: 11 } }]))
+    expect(conflict).toMatch(/conflicts in the inner loop of ours, 25 % of its shared memory cycles/)
     const [streaming] = CASES.filter(one => one.op === 'cast')
-    const row = caseRow(streaming!, { key: 'cast', launches: [{ ...LAUNCH, globalSectorsTouched: 1e6 }] })
+    const row = caseRow(streaming!, { key: 'cast', launches: [{ ...LAUNCH, globalSectorsTouched: 1e6 }] }, [])
     expect(shortfalls({ ...report(made('ours', 20)), cases: [row] })[0]).toMatch(/times the least sectors/)
-    const failed = caseRow(product!, { key: 'x', launches: [], error: 'no kernel yet' })
+    const failed = caseRow(product!, { key: 'x', launches: [], error: 'no kernel yet' }, [])
     expect(shortfalls({ ...report(made('ours', 20)), cases: [failed] })[0]).toMatch(/no kernel yet/)
   })
 

@@ -508,6 +508,7 @@ static void merge(Launch& l, Block& b) {
   c.global_sectors_touched += b.counters.global_sectors_touched;
   c.shared_accesses += b.counters.shared_accesses;
   c.shared_conflict_cycles += b.counters.shared_conflict_cycles;
+  for (auto [line, cycles] : b.counters.conflicts_by_line) c.conflicts_by_line[line] += cycles;
   c.barriers += b.counters.barriers;
   for (size_t i = 0; i < b.classes.size(); ++i)
     if (b.classes[i]) c.by_class[l.kernel->classes[i]] += b.classes[i];

@@ -185,7 +185,7 @@ std::byte* Warp::at(const Inst& in, int lane, Space space, uint64_t address, uin
   }
 }
 
-void Warp::count_access(const Inst&, Space space, uint32_t mask, const uint64_t* address, uint32_t bytes) {
+void Warp::count_access(const Inst& in, Space space, uint32_t mask, const uint64_t* address, uint32_t bytes) {
   Counters& c = block->counters;
   if (space == Space::generic) {
     uint64_t first = address[__builtin_ctz(mask)] & kWindowMask;
@@ -220,7 +220,10 @@ void Warp::count_access(const Inst&, Space space, uint32_t mask, const uint64_t*
       n = static_cast<size_t>(std::unique(words, words + n) - words);
       int banks[32] = {}, worst = 0;
       for (size_t i = 0; i < n; ++i) worst = std::max(worst, ++banks[words[i] % 32]);
-      if (worst > 1) c.shared_conflict_cycles += static_cast<uint64_t>(worst - 1);
+      if (worst > 1) {
+        c.shared_conflict_cycles += static_cast<uint64_t>(worst - 1);
+        c.conflicts_by_line[in.line] += static_cast<uint64_t>(worst - 1);
+      }
     }
   }
 }

@@ -107,10 +107,16 @@ void record_launch(const std::string& kernel, int device, const LaunchConfig& co
                      ",\"error\":" + std::to_string(error) +
                      ",\"blocksRun\":" + std::to_string(counters.blocks) +
                      ",\"warpInstructions\":" + std::to_string(counters.warp_instructions) + ",\"byClass\":{";
-  bool first = true;
+  const char* comma = "";
   for (auto& [name, count] : counters.by_class) {
-    json += (first ? "" : ",") + quoted(name) + ":" + std::to_string(count);
-    first = false;
+    json += comma + quoted(name) + ":" + std::to_string(count);
+    comma = ",";
+  }
+  json += "},\"conflictsByLine\":{";
+  comma = "";
+  for (auto [line, cycles] : counters.conflicts_by_line) {
+    json += comma + quoted(std::to_string(line)) + ":" + std::to_string(cycles);
+    comma = ",";
   }
   json += "},\"tensorFlops\":" + std::to_string(counters.tensor_flops) +
           ",\"globalSectorsRequested\":" + std::to_string(counters.global_sectors_requested) +

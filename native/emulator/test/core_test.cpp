@@ -172,6 +172,12 @@ void bugs() {
     check(d.run(shared_kernel("ret;"), {q}, 1, 64, 60000).error == 1,
           "too much shared memory without opt-in");
     check(d.run(shared_kernel("ret;"), {q}, 1, 1025).error == 1, "too many threads");
+    // Lanes i and i + 16 meet in one bank: two cycles instead of one.
+    d.options.counters = true;
+    r = d.run(shared_kernel("add.u32 %r4, %r4, %r3;\nst.shared.u32 [%r4], %r1;"), {q}, 1, 32);
+    check(r.error == 0 && r.counters.shared_conflict_cycles == 1 &&
+              r.counters.conflicts_by_line.size() == 1 && r.counters.conflicts_by_line.begin()->second == 1,
+          "bank conflicts by line");
     d.options.watchdog_seconds = 0.2;
     r = d.run(shared_kernel("$L: ld.volatile.global.u32 %r5, [%rd1]; setp.ne.u32 %p1, %r5, 77; @%p1 bra $L;"),
               {d.put(std::vector<uint32_t>(64))}, 1, 32);
