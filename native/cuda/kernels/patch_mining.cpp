@@ -102,6 +102,7 @@ bool windows(const MiningParams& p, int downscale) {
   int64_t padded = 0;
   for (int s = 0; s < kMiningStages; ++s) {
     all = all && p.stages[s].height << s == full.height && p.stages[s].width << s == full.width;
+    all = all && p.stages[s].height * p.stages[s].row_stride < int64_t{1} << 31;
     padded += ceil_div(p.stages[s].channels, kMiningSlice) * kMiningSlice;
   }
   return all && padded <= kMiningGPerThread * kMiningWindowThreads;
@@ -115,8 +116,8 @@ int64_t lay_out(MiningWindowParams& a, const int (&slots)[kMiningStages]) {
     a.first_slice[s] = a.total_slices;
     a.total_slices += static_cast<int32_t>(ceil_div(a.p.stages[s].channels, kMiningSlice));
   }
-  a.ones_at = std::max(a.total_slices * kMiningPieces * kMiningRow, (kMiningScalarsEnd + 127) / 128 * 128);
-  int32_t end = a.ones_at + kMiningRow;
+  a.ones_at = std::max(a.total_slices * kMiningPieces * kMiningRow, kMiningScalarsEnd);
+  int32_t end = a.ones_at + kMiningRow + kMiningCellsBytes;
   for (int s = 0; s < kMiningStages; ++s) {
     const int count = (s + 1 < kMiningStages ? a.first_slice[s + 1] : a.total_slices) - a.first_slice[s];
     for (int w = 0; w < kMiningStageWarps; ++w) {

@@ -34,7 +34,7 @@ constexpr int kPositions = kMiningWindow * kMiningWindow;
 constexpr int kThreads = kMiningWindowThreads;
 // Windows of which more than this much cancels are mined by patch_mining_any. f32 sums are good to 2^-20, so
 // what is left is good to 2^-12 of itself, its root to 2^-13.
-constexpr float kMiningCancelled = 256.0f;
+constexpr float kCancelled = 256.0f;
 constexpr int kRoom = 8;  // |g| and the weights of cells are brought near 2^8: f16 keeps 2^-33 of that
 
 // x as three numbers of T whose sum it is, but for 2^-24 of its size.
@@ -68,65 +68,60 @@ __device__ __forceinline__ void wait_copies_but(int pending) {
   }
 }
 
-// Where the products with neighbours lie among the scalars of a stage.
-template <int s>
-constexpr int kRight = 5 * kMiningCells<s>;
-template <int s>
-constexpr int kBelowLeft = kRight<s> + kMiningCells<s> - 1;
-template <int s>
-constexpr int kBelow = kBelowLeft<s> + kMiningCells<s> - kMiningSide<s> + 1;
-template <int s>
-constexpr int kBelowRight = kBelow<s> + kMiningCells<s> - kMiningSide<s>;
+// Of an element of a tile of products: columns are permuted by row, two by two, so that neither writing a
+// tile nor reading a column of it meets bank conflicts.
+__device__ __forceinline__ int place_of(int row, int column) {
+  return row * 8 + (column ^ row / 4 * 2);
+}
+
+// Of a position among the weights of positions: rows of a window are nine apart, against bank conflicts.
+__device__ __forceinline__ int skewed(int position) {
+  return position + position / kMiningWindow;
+}
 
 // The part of the window's stage that a warp works on: every kMiningStageWarps-th slice. Only the warp itself
 // copies into its slots, waits for them and reads them.
 template <class T, int kStage>
 struct Part {
-  static constexpr int kSide = kMiningSide<kStage>, kCells = kMiningCells<kStage>;
+  static constexpr int kCells = kMiningCells<kStage>;
 
   const MiningWindowParams& a;
   const MiningStage& stage;
   const MiningShare& share;
+  char* shared;
   const T* map;  // of the picture
-  int y0, x0;    // first cell; outside the map the border's cells repeat
   int lane, number;
 
-  __device__ __forceinline__ Part(const MiningWindowParams& a, int64_t query, int warp)
-      : a(a), stage(a.p.stages[kStage]), share(a.shares[warp]) {
-    const int grid = a.p.grid;
-    const int64_t row = query / grid;
-    map = static_cast<const T*>(stage.data) + row / grid * stage.batch_stride;
-    constexpr int kHalo = kStage > 0;
-    y0 = static_cast<int>(row % grid) * (kMiningWindow >> kStage) - kHalo;
-    x0 = static_cast<int>(query % grid) * (kMiningWindow >> kStage) - kHalo;
+  __device__ __forceinline__ Part(const MiningWindowParams& a, char* shared, int64_t query, int warp)
+      : a(a), stage(a.p.stages[kStage]), share(a.shares[warp]), shared(shared) {
+    map = static_cast<const T*>(stage.data) + query / (a.p.grid * a.p.grid) * stage.batch_stride;
     lane = static_cast<int>(threadIdx.x) % 32;
     number = warp % kMiningStageWarps;
   }
 
   // Of the whole stage.
   __device__ __forceinline__ int slice_of(int i) const { return i * kMiningStageWarps + number; }
-  __device__ __forceinline__ uint32_t slot_of(uint32_t shared, int i) const {
-    return shared + static_cast<uint32_t>(share.at + i % share.slots * (kCells * kMiningRow));
+  __device__ __forceinline__ uint32_t slot_of(int i) const {
+    return shared_address(shared) + static_cast<uint32_t>(share.at + i % share.slots * (kCells * kMiningRow));
   }
 
-  __device__ __forceinline__ void load(uint32_t shared, int i) const {
-    const int piece = lane % 8, c = slice_of(i) * kMiningSlice + piece * 8;
+  // Four cells at a time, a piece of 16 bytes a lane.
+  __device__ __forceinline__ void load(int i) const {
+    const int piece = lane % 8, first = lane / 8, c = slice_of(i) * kMiningSlice + piece * 8;
     const int valid = c < stage.channels ? 16 : 0;
     const T* from = map + (valid ? c : 0);
-    const uint32_t to = slot_of(shared, i);
-#pragma unroll 2
-    for (int first = 0; first < kCells; first += 4) {
-      const int cell = first + lane / 8;
-      if (kCells % 4 != 0 && cell >= kCells) break;
-      const int y = min(max(y0 + cell / kSide, 0), stage.height - 1);
-      const int x = min(max(x0 + cell % kSide, 0), stage.width - 1);
-      copy_async(to + swizzled<8>(cell, piece), from + y * stage.row_stride + x * stage.column_stride, valid);
-    }
+    const int32_t* cells =
+        reinterpret_cast<const int32_t*>(shared + a.ones_at + kMiningRow) + kFirstMiningCell<kStage> + first;
+    const uint32_t even = slot_of(i) + swizzled<8>(first, piece), odd = even ^ 64;
+#pragma unroll
+    for (int cell = 0; cell < kCells; cell += 4)
+      if (kCells % 4 == 0 || cell + 4 <= kCells || cell + first < kCells)
+        copy_async((cell % 8 == 0 ? even : odd) + cell * kMiningRow, from + cells[cell], valid);
   }
   // The next slice, into the slot that is free now; a group in any case, so that groups count iterations.
-  __device__ __forceinline__ void load_next(uint32_t shared, int i) const {
+  __device__ __forceinline__ void load_next(int i) const {
     __syncwarp();
-    if (i >= 0 && i < share.slices) load(shared, i);
+    if (i >= 0 && i < share.slices) load(i);
     commit_copies();
   }
   __device__ __forceinline__ void wait() const {
@@ -134,30 +129,32 @@ struct Part {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void start(uint32_t shared) const {
+  __device__ __forceinline__ void start() const {
     for (int i = 0; i < share.slots; ++i) {
-      load(shared, i);
+      load(i);
       commit_copies();
     }
   }
 
-  // All scalars of the warp's slices: cells as rows times cells, pieces of g and ones as columns. An 8x8
-  // matrix of ldmatrix is the same fragment of a as of b, so every cell is read once.
-  __device__ __forceinline__ void measure(uint32_t shared, float* scalars) const {
-    constexpr int kTiles = kStage == 0 ? 8 : kStage == 1 ? 8 : kStage == 2 ? 3 : 2;
-    constexpr int kTail = kCells / 8 * 8;  // first of the eight columns that end in the pieces of g
+  // The products of the warp's slices: cells as rows times cells, pieces of g and ones as columns. An 8x8
+  // matrix of ldmatrix is the same fragment of a as of b, so every cell is read once. The warps of a stage
+  // add up in their order.
+  __device__ __forceinline__ void measure() const {
+    constexpr int kTiles = kMiningTiles<kStage>;
+    constexpr int kTail = kCells / 8 * 8;  // first of the eight columns that end in pieces of g and ones
+    const uint32_t base = shared_address(shared);
     float c[kTiles][4] = {};
     for (int i = 0; i < share.slices; ++i) {
       wait();
-      const uint32_t slot = slot_of(shared, i);
+      const uint32_t slot = slot_of(i);
       const uint32_t pieces =
-          shared + static_cast<uint32_t>((a.first_slice[kStage] + slice_of(i)) * kMiningPieces * kMiningRow);
-      // Row `row` of: cells, pieces of g, ones.
+          base + static_cast<uint32_t>((a.first_slice[kStage] + slice_of(i)) * kMiningPieces * kMiningRow);
+      // Row `row` of: cells, pieces of g, ones. Those that share a matrix with cells are the last of eight.
       const auto row_at = [&](int row, int piece) {
-        const uint32_t base = row < kCells                   ? slot + row * kMiningRow
-                              : row < kCells + kMiningPieces ? pieces + (row - kCells) * kMiningRow
-                                                             : shared + a.ones_at;
-        return base + static_cast<uint32_t>((piece ^ (row & 7)) * 16);
+        if (row < kCells) return slot + swizzled<8>(row, piece);
+        const int extra = row - kCells;
+        if (extra < kMiningPieces) return pieces + extra * kMiningRow + (piece ^ (4 + extra)) * 16;
+        return base + a.ones_at + (piece ^ 7) * 16;
       };
       const uint32_t rows = row_at(lane % 16, lane / 16), tail = row_at(kTail + lane % 8, lane / 8);
       uint32_t b[4];
@@ -197,101 +194,56 @@ struct Part {
           if constexpr (kStage == 2) multiply_add<T>(c[2], x, b0, b1);
         }
       }
-      load_next(shared, i + share.slots);
+      load_next(i + share.slots);
     }
-    // The pieces of g lie where the scalars go.
-    __syncthreads();
-    if constexpr (kStage == 0) {
+    float* tiles = reinterpret_cast<float*>(shared) + kFirstMiningTile<kStage> * 128;
+    __syncthreads();  // the tiles lie where the pieces of g were
+#pragma unroll 1
+    for (int part = 0; part < kMiningStageWarps; ++part) {
+      if (part == number) {
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        put(c[2 * m][0], scalars, m * 16, 0, m * 16, 0);
-        put(c[2 * m][1], scalars, m * 16, 0, m * 16, 1);
-        put(c[2 * m][2], scalars, m * 16, 8, m * 16 + 8, 0);
-        put(c[2 * m][3], scalars, m * 16, 8, m * 16 + 8, 1);
-        put_tile(c[2 * m + 1], scalars, m * 16, kTail);
-      }
-    } else if constexpr (kStage == 1) {
-      put_tile(c[0], scalars, 0, 0);
-      put_tile(c[1], scalars, 0, 8);
-      put_tile(c[2], scalars, 0, 16);
-      put_tile(c[3], scalars, 0, kTail);
-      put_tile(c[4], scalars, 16, 16);
-      put_tile(c[5], scalars, 16, 24);
-      put_tile(c[6], scalars, 16, kTail);
-      put_tile(c[7], scalars, 32, kTail);
-    } else {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) put_tile(c[n], scalars, 0, n * 8);
-    }
-  }
-
-  __device__ __forceinline__ void put_tile(const float (&c)[4], float* scalars, int row, int column) const {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) put(c[e], scalars, row, e / 2 * 8, column, e % 2);
-  }
-  // Keeps the products that interpolation needs.
-  __device__ __forceinline__ void put(float value, float* scalars, int first_row, int row, int first_column,
-                                      int column) const {
-    const int i = first_row + row + lane / 4, j = first_column + lane % 4 * 2 + column, d = j - i;
-    if (i >= kCells || j > kCells + kMiningPieces) return;
-    int first = -1;
-    if (j >= kCells)
-      first = (1 + j - kCells) * kCells;
-    else if (d == 0)
-      first = 0;
-    else if (kStage > 0)
-      first = d == 1           ? kRight<kStage>
-              : d == kSide - 1 ? kBelowLeft<kStage>
-              : d == kSide     ? kBelow<kStage>
-              : d == kSide + 1 ? kBelowRight<kStage>
-                               : -1;
-    if (first >= 0) scalars[first + i] = value;
-  }
-
-  // out[c] = sum over cells of weight * cell[c] - constant: channels as rows, the three pieces of the weights
-  // as columns. `row`: 128 bytes of the warp's own for the way out.
-  __device__ __forceinline__ void combine(uint32_t shared, const float* weights, float constant, T* row,
-                                          T* out) const {
-    constexpr int kSteps = (kCells + 15) / 16;
-    // Weights.
-    float top = 0.0f;
-    for (int i = lane; i < kCells; i += 32) top = fmaxf(top, weights[i]);
-    const int exponent = exponent_of(__uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(top))));
-    const float factor = power_of_two(kRoom - exponent), back = power_of_two(exponent - kRoom);
-    uint32_t b[kSteps][2];
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float piece_of[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int cell = k * 16 + half * 8 + lane % 4 * 2 + i;
-          T piece[kMiningPieces];
-          split(cell < kCells ? weights[cell] * factor : 0.0f, piece);
-          piece_of[i] = 0.0f;
-#pragma unroll
-          for (int j = 0; j < kMiningPieces; ++j)
-            if (lane / 4 == j) piece_of[i] = to_float(piece[j]);
+        for (int t = 0; t < 2 * kTiles; ++t) {
+          float2* at =
+              reinterpret_cast<float2*>(tiles + t / 2 * 128 + place_of(t % 2 * 8 + lane / 4, lane % 4 * 2));
+          const float2 before = part == 0 ? make_float2(0.0f, 0.0f) : *at;
+          *at = make_float2(before.x + c[t / 2][t % 2 * 2], before.y + c[t / 2][t % 2 * 2 + 1]);
         }
-        b[k][half] = pack_two<T>(piece_of[0], piece_of[1]);
       }
+      __syncthreads();
+    }
+  }
+
+  // out[c] = `back` times the sum over cells of weight * cell[c], minus `constant`: channels as rows, the
+  // three pieces of the weights as columns.
+  __device__ __forceinline__ void combine(float back, float constant, T* out) const {
+    constexpr int kSteps = kMiningPadded<kStage> / 16;
+    // The warp's own 128 bytes for the way out.
+    T* row =
+        reinterpret_cast<T*>(shared + kMiningRowsAt + (kStage * kMiningStageWarps + number) * kMiningRow);
+    uint32_t b[kSteps][2], cell_at[kSteps];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const T* weight = reinterpret_cast<const T*>(shared + kMiningWeightsAt) + lane / 4 * kMiningAllPadded +
+                        kFirstMiningPadded<kStage> + k * 16 + lane % 4 * 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        b[k][half] = lane / 4 < kMiningPieces ? *reinterpret_cast<const uint32_t*>(weight + half * 8) : 0;
+      cell_at[k] = swizzled<8>(min(k * 16 + lane % 8 + lane / 16 * 8, kCells - 1), lane / 8 % 2);
+    }
 
     // Slices, the last first: those are still there.
     wait_copies<0>();
-    __syncwarp();
     for (int i = share.slices - 1; i >= 0; --i) {
       if (i < share.slices - share.slots) wait();
       __syncwarp();  // `row` is free again
-      const uint32_t slot = slot_of(shared, i);
+      const uint32_t slot = slot_of(i);
 #pragma unroll
       for (int m = 0; m < kMiningSlice / 16; ++m) {
         float c[4] = {};
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           uint32_t x[4];
-          const int cell = min(k * 16 + lane % 8 + lane / 16 * 8, kCells - 1);
-          load_matrices_transposed(x, slot + swizzled<8>(cell, m * 2 + lane / 8 % 2));
+          load_matrices_transposed(x, slot + (cell_at[k] ^ m * 32));
           multiply_add<T>(c, x, b[k][0], b[k][1]);
         }
         // Lane 4 i has the first two pieces of channel i (and i + 8), the next lane has the third.
@@ -301,7 +253,7 @@ struct Part {
           row[m * 16 + lane / 4 + 8] = from_float<T>(fmaf(c[2] + (c[3] + low8), back, -constant));
         }
       }
-      load_next(shared, i - share.slots);
+      load_next(i - share.slots);
       const int channel = slice_of(i) * kMiningSlice + lane * 8;
       if (lane < 8 && channel < stage.channels)
         *reinterpret_cast<uint4*>(out + stage.first_channel + channel) =
@@ -318,42 +270,56 @@ __device__ __forceinline__ float hat(int i, int cell) {
   return fmaxf(0.0f, 1.0f - fabsf((static_cast<float>(i) + 0.5f) * kStep + 0.5f - static_cast<float>(cell)));
 }
 
-// What the scalars of cells say of position (y, x).
+// The product of cell i with column j: a cell, a piece of g, or ones. Only for the tiles that `measure`
+// fills: neighbours with i <= j.
+template <int kStage>
+__device__ __forceinline__ float product(const float* tiles, int i, int j) {
+  const int m = i / 16, n = j / 8;
+  const int tile = kStage == 0   ? 2 * m + (n == kMiningCells<0> / 8)
+                   : kStage == 1 ? (m == 0 ? min(n, 3) : n + m + 1)
+                                 : n;
+  return tiles[(kFirstMiningTile<kStage> + tile) * 128 + place_of(i % 16, j % 8)];
+}
+
+// What the cells say of position (y, x): the sum over the channels of the stage, g . x and |x|^2, where x =
+// sum of w[i] cell[i] over four neighbours. bound: the square of sum of w[i] |cell[i]|, which says how much
+// may have cancelled in |x|^2.
 struct Moments {
   float sum, dot, square, bound;
 };
 
-// x = sum of w[i] cell[i] over four neighbours. bound: the square of sum of w[i] |cell[i]|, which says how
-// much may have cancelled in |x|^2.
 template <int kStage>
-__device__ __forceinline__ Moments interpolate(const float* scalars, int y, int x) {
+__device__ __forceinline__ Moments interpolate(const float* tiles, int y, int x) {
   constexpr int kSide = kMiningSide<kStage>, kCells = kMiningCells<kStage>;
+  const auto sum_of = [&](int i) { return product<kStage>(tiles, i, kCells + 3); };
+  const auto dot_of = [&](int i) {
+    return product<kStage>(tiles, i, kCells) +
+           (product<kStage>(tiles, i, kCells + 1) + product<kStage>(tiles, i, kCells + 2));
+  };
   if constexpr (kStage == 0) {
-    const float* at = scalars + y * kSide + x;
-    const float dot = at[kCells] + (at[2 * kCells] + at[3 * kCells]);
-    return {at[4 * kCells], dot, at[0], at[0]};
+    const int i = y * kSide + x;
+    const float square = product<0>(tiles, i, i);
+    return {sum_of(i), dot_of(i), square, square};
   } else {
-    const auto place = [](int i) { return ((2 * i + 1) + (1 << kStage)) >> (kStage + 1); };
+    const auto place = [](int at) { return (2 * at + 1 + (1 << kStage)) >> (kStage + 1); };
     const int cy = place(y), cx = place(x);
     const float bottom = hat<kStage>(y, cy + 1), right = hat<kStage>(x, cx + 1);
-    const float* first = scalars + cy * kSide + cx;
-    const int offset[4] = {0, 1, kSide, kSide + 1};
+    const int first = cy * kSide + cx, cell[4] = {first, first + 1, first + kSide, first + kSide + 1};
     const float w[4] = {(1.0f - bottom) * (1.0f - right), (1.0f - bottom) * right, bottom * (1.0f - right),
                         bottom * right};
     Moments m = {};
     float length = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* at = first + offset[i];
-      m.sum = fmaf(w[i], at[4 * kCells], m.sum);
-      m.dot = fmaf(w[i], at[kCells] + (at[2 * kCells] + at[3 * kCells]), m.dot);
-      m.square = fmaf(w[i] * w[i], at[0], m.square);
-      length = fmaf(w[i], sqrtf(at[0]), length);
+      const float square = product<kStage>(tiles, cell[i], cell[i]);
+      m.sum = fmaf(w[i], sum_of(cell[i]), m.sum);
+      m.dot = fmaf(w[i], dot_of(cell[i]), m.dot);
+      m.square = fmaf(w[i] * w[i], square, m.square);
+      length = fmaf(w[i], sqrtf(square), length);
+#pragma unroll
+      for (int j = i + 1; j < 4; ++j)
+        m.square = fmaf(2.0f * w[i] * w[j], product<kStage>(tiles, cell[i], cell[j]), m.square);
     }
-    const float pairs = w[0] * w[1] * first[kRight<kStage>] + w[2] * w[3] * first[kRight<kStage> + kSide] +
-                        w[1] * w[2] * first[kBelowLeft<kStage> + 1] + w[0] * w[2] * first[kBelow<kStage>] +
-                        w[1] * w[3] * first[kBelow<kStage> + 1] + w[0] * w[3] * first[kBelowRight<kStage>];
-    m.square = fmaf(2.0f, pairs, m.square);
     m.bound = length * length;
     return m;
   }
@@ -367,17 +333,38 @@ __device__ __forceinline__ void fill_strip(const float* of_position, float* stri
   float sum = 0.0f;
 #pragma unroll
   for (int x = 0; x < kMiningWindow; ++x)
-    sum = fmaf(hat<kStage>(x, cell), of_position[y * kMiningWindow + x], sum);
+    sum = fmaf(hat<kStage>(x, cell), of_position[skewed(y * kMiningWindow + x)], sum);
   strip[at] = sum;
 }
+// The weight of a cell of a padded stage.
 template <int kStage>
-__device__ __forceinline__ void fill_weight(const float* strip, float* weight, int at) {
+__device__ __forceinline__ float weight_of(const float* strip, int cell) {
   constexpr int kSide = kMiningSide<kStage>;
-  const int cell = at / kSide, column = at % kSide;
+  if (cell >= kMiningCells<kStage>) return 0.0f;
   float sum = 0.0f;
 #pragma unroll
-  for (int y = 0; y < kMiningWindow; ++y) sum = fmaf(hat<kStage>(y, cell), strip[y * kSide + column], sum);
-  weight[at] = sum;
+  for (int y = 0; y < kMiningWindow; ++y)
+    sum = fmaf(hat<kStage>(y, cell / kSide), strip[y * kSide + cell % kSide], sum);
+  return sum;
+}
+
+// Where the cells of the window are in the picture's maps. Past the border the border repeats, which is what
+// interpolation clamped at the border amounts to.
+__device__ __forceinline__ void find_cells(const MiningWindowParams& a, int64_t query, int32_t* cells) {
+  const int at = threadIdx.x;
+  if (at >= kMiningAllCells) return;
+  const int s = (at >= kFirstMiningCell<1>)+(at >= kFirstMiningCell<2>)+(at >= kFirstMiningCell<3>);
+  const int first = s == 0   ? 0
+                    : s == 1 ? kFirstMiningCell<1>
+                    : s == 2 ? kFirstMiningCell<2>
+                             : kFirstMiningCell<3>;
+  const int side = (kMiningWindow >> s) + (s > 0 ? 2 : 0), halo = s > 0;
+  const MiningStage& stage = a.p.stages[s];
+  const int gy = static_cast<int>(query / a.p.grid % a.p.grid), gx = static_cast<int>(query % a.p.grid);
+  const int y = gy * (kMiningWindow >> s) - halo + (at - first) / side;
+  const int x = gx * (kMiningWindow >> s) - halo + (at - first) % side;
+  cells[at] = min(max(y, 0), stage.height - 1) * static_cast<int>(stage.row_stride) +
+              min(max(x, 0), stage.width - 1) * static_cast<int>(stage.column_stride);
 }
 
 // body(stage as a constant) for the one of four.
@@ -395,174 +382,178 @@ __device__ __forceinline__ void for_stage(int stage, Body body) {
   }
 }
 
-// What the first warp needs for the softmax.
-struct Query {
+// What one warp finds for all.
+struct Found {
   float sum_g;  // of g over 2^exponent
   int exponent;
+  float constant;  // sum over positions of weight times mean
+  int weight_exponent;
+  bool give_up;
 };
 
 // Pieces of g, brought near 2^kRoom, and the row of ones.
 template <class T>
 __device__ __forceinline__ void prepare_g(const MiningWindowParams& a, const float* g, char* shared,
-                                          Query* query) {
-  const int padded = a.total_slices * kMiningSlice;
-  // body(number of the value, where it is among the slices, its stage) for the values of this thread.
-  const auto for_values = [&](auto body) {
-#pragma unroll
-    for (int i = 0; i < kMiningGPerThread; ++i) {
-      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
-      if (at >= padded) break;
-      int stage = 0;
-#pragma unroll
-      for (int s = 1; s < kMiningStages; ++s) stage += at / kMiningSlice >= a.first_slice[s];
-      body(i, at, stage);
-    }
-  };
+                                          Found* found) {
+  constexpr int kSlices = kThreads / kMiningSlice;  // at a time
+  static_assert(kThreads % kMiningSlice == 0, "a thread has the same place in every slice");
+  const int place = static_cast<int>(threadIdx.x) % kMiningSlice;
+  const int first = static_cast<int>(threadIdx.x) / kMiningSlice;
   float value[kMiningGPerThread], top = 0.0f, sum = 0.0f;
-  for_values([&](int i, int at, int stage) {
-    const int c = at - a.first_slice[stage] * kMiningSlice;
-    value[i] = c < a.p.stages[stage].channels ? g[a.p.stages[stage].first_channel + c] : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMiningGPerThread; ++i) {
+    const int slice = first + i * kSlices;
+    if (slice >= a.total_slices) break;
+    int c = slice * kMiningSlice + place, end = a.p.stages[0].channels;
+    int shift = 0;
+#pragma unroll
+    for (int s = 1; s < kMiningStages; ++s)
+      if (slice >= a.first_slice[s]) {
+        shift = a.p.stages[s].first_channel - a.first_slice[s] * kMiningSlice;
+        end = a.p.stages[s].first_channel + a.p.stages[s].channels;
+      }
+    c += shift;
+    value[i] = c < end ? g[c] : 0.0f;
     top = fmaxf(top, fabsf(value[i]));
-  });
+  }
   const int exponent = exponent_of(block_reduce<Max, kThreads>(top)) - kRoom;
   const float factor = power_of_two(-exponent);
-  for_values([&](int i, int at, int stage) {
+  T* to[kMiningPieces];
+#pragma unroll
+  for (int j = 0; j < kMiningPieces; ++j)
+    to[j] =
+        reinterpret_cast<T*>(shared + (first * kMiningPieces + j) * kMiningRow + (place / 8 ^ (4 + j)) * 16) +
+        place % 8;
+#pragma unroll
+  for (int i = 0; i < kMiningGPerThread; ++i) {
+    if (first + i * kSlices >= a.total_slices) break;
     const float x = value[i] * factor;
     sum += x;
     T piece[kMiningPieces];
     split(x, piece);
-    // Among the rows that `measure` sees, the pieces follow the cells.
-    const int side = stage == 0   ? kMiningSide<0>
-                     : stage == 1 ? kMiningSide<1>
-                     : stage == 2 ? kMiningSide<2>
-                                  : kMiningSide<3>;
-    char* slice = shared + at / kMiningSlice * (kMiningPieces * kMiningRow) + at % 8 * 2;
 #pragma unroll
-    for (int j = 0; j < kMiningPieces; ++j)
-      *reinterpret_cast<T*>(slice + j * kMiningRow + (at / 8 % 8 ^ (side * side + j & 7)) * 16) = piece[j];
-  });
+    for (int j = 0; j < kMiningPieces; ++j) to[j][i * kSlices * kMiningPieces * kMiningSlice] = piece[j];
+  }
   if (threadIdx.x < kMiningSlice) reinterpret_cast<T*>(shared + a.ones_at)[threadIdx.x] = from_float<T>(1.0f);
   sum = block_reduce<Sum, kThreads>(sum);
-  if (threadIdx.x == 0) *query = {sum, exponent};
+  if (threadIdx.x == 0) {
+    found->sum_g = sum;
+    found->exponent = exponent;
+  }
+}
+
+// Softmax over the positions, two a lane of one warp: their weights a r. `moments`: [4][stage][position].
+__device__ __forceinline__ void weigh_positions(const MiningParams& p, int64_t query, const float* moments,
+                                                float* weights, Found* found) {
+  const int lane = threadIdx.x;
+  const float n = static_cast<float>(p.channels);
+  const double power = static_cast<double>(power_of_two(found->exponent));
+  const double bias = p.has_bias ? static_cast<double>(p.g[query * p.g_stride + p.channels]) : 0.0;
+  float mean[2], r[2], e[2];
+  double score[2];
+  bool bad = false;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const auto total = [&](int quantity) {
+      const float* at = moments + quantity * kMiningStages * kPositions + i * 32 + lane;
+      return (at[0] + at[kPositions]) + (at[2 * kPositions] + at[3 * kPositions]);
+    };
+    mean[i] = total(0) / n;
+    const float variance = total(2) / n - mean[i] * mean[i];
+    bad = bad || !((variance + p.eps) * kCancelled >= total(3) / n);
+    r[i] = 1.0f / sqrtf(variance + p.eps);
+    const double dot = static_cast<double>(total(1)) - static_cast<double>(mean[i]) * found->sum_g;
+    score[i] = nan_to_num(static_cast<double>(p.scale) * (r[i] * (dot * power) + bias));
+  }
+  bad = __any_sync(kAllLanes, bad);
+  double top = Max::of(score[0], score[1]);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance >>= 1)
+    top = Max::of(top, __shfl_xor_sync(kAllLanes, top, distance));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) e[i] = expf(static_cast<float>(fmax(score[i] - top, -200.0)));
+  const float total = warp_sum(e[0] + e[1]);
+  float weight_sum = 0.0f, constant = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float weight = e[i] / total * r[i];
+    weights[skewed(i * 32 + lane)] = weight;
+    weight_sum += weight;
+    constant = fmaf(weight, mean[i], constant);
+  }
+  weight_sum = warp_sum(weight_sum);
+  constant = warp_sum(constant);
+  if (lane == 0) {
+    found->constant = constant;
+    found->weight_exponent = exponent_of(weight_sum) - kRoom;
+    found->give_up = bad;
+    p.give_up[query] = bad;
+  }
 }
 
 template <class T>
 __device__ void mine(const MiningWindowParams& a) {
   extern __shared__ __align__(128) char shared[];
-  __shared__ float constant;
-  __shared__ bool give_up;
-  __shared__ Query of_g;
-  const MiningParams& p = a.p;
+  __shared__ Found found;
   const int64_t query = blockIdx.x;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stage = warp / kMiningStageWarps;
-  float* scalars = reinterpret_cast<float*>(shared);
-  float* moments = reinterpret_cast<float*>(shared + kMiningMomentsAt);  // [4][stage][position]
-  float* weights = reinterpret_cast<float*>(shared + kMiningWeightsAt);
+  const int at = threadIdx.x, warp = at / 32, stage = warp / kMiningStageWarps;
+  const auto part = [&](auto s) { return Part<T, s.value>(a, shared, query, warp); };
+  const float* tiles = reinterpret_cast<const float*>(shared);
+  float* moments = reinterpret_cast<float*>(shared + kMiningMomentsAt);
+  float* positions = reinterpret_cast<float*>(shared + kMiningPositionsAt);
   float* strips = reinterpret_cast<float*>(shared + kMiningStripsAt);
-  const uint32_t base = shared_address(shared);
-  constexpr int kScalars = kFirstMiningScalar<kMiningStages>;
+  T* weights = reinterpret_cast<T*>(shared + kMiningWeightsAt);
 
-  // Scalars of the cells, a stage's channels divided among its warps.
-  for_stage(stage, [&](auto s) { Part<T, s.value>(a, query, warp).start(base); });
-  prepare_g<T>(a, p.g + query * p.g_stride, shared, &of_g);
-  for_stage(stage, [&](auto s) {
-    Part<T, s.value>(a, query, warp)
-        .measure(base, scalars + warp % kMiningStageWarps * kScalars + kFirstMiningScalar<s.value>);
-  });
+  // Products of the cells.
+  find_cells(a, query, reinterpret_cast<int32_t*>(shared + a.ones_at + kMiningRow));
   __syncthreads();
-  for (int i = threadIdx.x; i < kScalars; i += kThreads) {
-    float sum = scalars[i];
-#pragma unroll
-    for (int part = 1; part < kMiningStageWarps; ++part) sum += scalars[i + part * kScalars];
-    scalars[i] = sum;
-  }
-  __syncthreads();
+  for_stage(stage, [&](auto s) { part(s).start(); });
+  prepare_g<T>(a, a.p.g + query * a.p.g_stride, shared, &found);
+  for_stage(stage, [&](auto s) { part(s).measure(); });
 
-  // Positions of each stage.
-  if (threadIdx.x < kMiningStages * kPositions) {
-    const int position = threadIdx.x % kPositions;
-    for_stage(threadIdx.x / kPositions, [&](auto s) {
-      const Moments m = interpolate<s.value>(scalars + kFirstMiningScalar<s.value>, position / kMiningWindow,
-                                             position % kMiningWindow);
-      moments[threadIdx.x] = m.sum;
-      moments[kMiningStages * kPositions + threadIdx.x] = m.dot;
-      moments[2 * kMiningStages * kPositions + threadIdx.x] = m.square;
-      moments[3 * kMiningStages * kPositions + threadIdx.x] = m.bound;
+  // Positions, of each stage and then of all.
+  if (at < kMiningStages * kPositions) {
+    const int y = at % kPositions / kMiningWindow, x = at % kMiningWindow;
+    for_stage(at / kPositions, [&](auto s) {
+      const Moments m = interpolate<s.value>(tiles, y, x);
+      moments[at] = m.sum;
+      moments[kMiningStages * kPositions + at] = m.dot;
+      moments[2 * kMiningStages * kPositions + at] = m.square;
+      moments[3 * kMiningStages * kPositions + at] = m.bound;
     });
   }
   __syncthreads();
-
-  // Softmax over the positions, two a lane.
-  if (warp == 0) {
-    const float n = static_cast<float>(p.channels);
-    const double power = static_cast<double>(power_of_two(of_g.exponent));
-    const double bias = p.has_bias ? static_cast<double>(p.g[query * p.g_stride + p.channels]) : 0.0;
-    float mean[2], r[2], e[2];
-    double score[2];
-    bool bad = false;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const auto total = [&](int quantity) {
-        const float* at = moments + quantity * kMiningStages * kPositions + i * 32 + lane;
-        return (at[0] + at[kPositions]) + (at[2 * kPositions] + at[3 * kPositions]);
-      };
-      mean[i] = total(0) / n;
-      const float variance = total(2) / n - mean[i] * mean[i];
-      bad = bad || !((variance + p.eps) * kMiningCancelled >= total(3) / n);
-      r[i] = 1.0f / sqrtf(variance + p.eps);
-      const double dot = static_cast<double>(total(1)) - static_cast<double>(mean[i]) * of_g.sum_g;
-      score[i] = nan_to_num(static_cast<double>(p.scale) * (r[i] * (dot * power) + bias));
-    }
-    bad = __any_sync(kAllLanes, bad);
-    double top = Max::of(score[0], score[1]);
-#pragma unroll
-    for (int distance = 16; distance > 0; distance >>= 1)
-      top = Max::of(top, __shfl_xor_sync(kAllLanes, top, distance));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) e[i] = expf(static_cast<float>(fmax(score[i] - top, -200.0)));
-    const float total = warp_sum(e[0] + e[1]);
-    float product = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float weight = e[i] / total * r[i];
-      weights[i * 32 + lane] = weight;  // of stage 0: its cells are the positions
-      product = fmaf(weight, mean[i], product);
-    }
-    product = warp_sum(product);
-    if (lane == 0) {
-      constant = product;
-      give_up = bad;
-      p.give_up[query] = bad;
-    }
-  }
+  if (warp == 0) weigh_positions(a.p, query, moments, positions, &found);
   __syncthreads();
-  if (give_up) return;
+  if (found.give_up) return;
 
-  // Weights of the cells.
+  // Weights of the cells: along the rows, then down the columns.
   constexpr int kEnd1 = kMiningWindow * kMiningSide<1>, kEnd2 = kEnd1 + kMiningWindow * kMiningSide<2>,
                 kEnd3 = kEnd2 + kMiningWindow * kMiningSide<3>;
-  const int at = threadIdx.x;
   if (at < kEnd1)
-    fill_strip<1>(weights, strips, at);
+    fill_strip<1>(positions, strips, at);
   else if (at < kEnd2)
-    fill_strip<2>(weights, strips + kEnd1, at - kEnd1);
+    fill_strip<2>(positions, strips + kEnd1, at - kEnd1);
   else if (at < kEnd3)
-    fill_strip<3>(weights, strips + kEnd2, at - kEnd2);
+    fill_strip<3>(positions, strips + kEnd2, at - kEnd2);
   __syncthreads();
-  if (at < kMiningCells<1>)
-    fill_weight<1>(strips, weights + kFirstMiningCell<1>, at);
-  else if (at >= 64 && at < 64 + kMiningCells<2>)
-    fill_weight<2>(strips + kEnd1, weights + kFirstMiningCell<2>, at - 64);
-  else if (at >= 96 && at < 96 + kMiningCells<3>)
-    fill_weight<3>(strips + kEnd2, weights + kFirstMiningCell<3>, at - 96);
+  if (at < kMiningAllPadded) {
+    const float weight = at < kFirstMiningPadded<1>   ? positions[skewed(at)]
+                         : at < kFirstMiningPadded<2> ? weight_of<1>(strips, at - kFirstMiningPadded<1>)
+                         : at < kFirstMiningPadded<3>
+                             ? weight_of<2>(strips + kEnd1, at - kFirstMiningPadded<2>)
+                             : weight_of<3>(strips + kEnd2, at - kFirstMiningPadded<3>);
+    T piece[kMiningPieces];
+    split(weight * power_of_two(-found.weight_exponent), piece);
+#pragma unroll
+    for (int j = 0; j < kMiningPieces; ++j) weights[j * kMiningAllPadded + at] = piece[j];
+  }
   __syncthreads();
 
   // Write output.
-  T* row = reinterpret_cast<T*>(shared + warp * kMiningRow);  // where the scalars were
-  T* out = static_cast<T*>(p.out) + query * p.out_stride;
-  for_stage(stage, [&](auto s) {
-    Part<T, s.value>(a, query, warp).combine(base, weights + kFirstMiningCell<s.value>, constant, row, out);
-  });
+  T* out = static_cast<T*>(a.p.out) + query * a.p.out_stride;
+  for_stage(stage,
+            [&](auto s) { part(s).combine(power_of_two(found.weight_exponent), found.constant, out); });
 }
 
 }  // namespace

@@ -37,30 +37,42 @@ template <int s>
 inline constexpr int kMiningSide = (kMiningWindow >> s) + (s > 0 ? 2 : 0);
 template <int s>
 inline constexpr int kMiningCells = kMiningSide<s> * kMiningSide<s>;
-// Scalars of the cells: first the square of each, then its products with the three pieces of g, then its sum;
-// past stage 0 then its products with the cells on the right, below left, below, and below right, as far as
-// there are such.
+// Tiles of 16 x 8 products of cells with cells, g and ones that the scalars of a stage are taken from.
 template <int s>
-inline constexpr int kMiningScalars =
-    s == 0 ? 5 * kMiningCells<s> : 9 * kMiningCells<s> - 3 * kMiningSide<s> - 1;
+inline constexpr int kMiningTiles = s < 2 ? 8 : 5 - s;
+// Cells as mma counts them.
+template <int s>
+inline constexpr int kMiningPadded = (kMiningCells<s> + 15) / 16 * 16;
 // Of the stages before s.
-template <int s>
-inline constexpr int kFirstMiningScalar = kFirstMiningScalar<s - 1> + kMiningScalars<s - 1>;
-template <>
-inline constexpr int kFirstMiningScalar<0> = 0;
 template <int s>
 inline constexpr int kFirstMiningCell = kFirstMiningCell<s - 1> + kMiningCells<s - 1>;
 template <>
 inline constexpr int kFirstMiningCell<0> = 0;
+template <int s>
+inline constexpr int kFirstMiningTile = kFirstMiningTile<s - 1> + kMiningTiles<s - 1>;
+template <>
+inline constexpr int kFirstMiningTile<0> = 0;
+template <int s>
+inline constexpr int kFirstMiningPadded = kFirstMiningPadded<s - 1> + kMiningPadded<s - 1>;
+template <>
+inline constexpr int kFirstMiningPadded<0> = 0;
+
+constexpr int kMiningRow = kMiningSlice * 2;  // bytes
+constexpr int kMiningPieces = 3;              // that f32 numbers are split into
+constexpr int kMiningAllCells = kFirstMiningCell<kMiningStages>;
+constexpr int kMiningAllPadded = kFirstMiningPadded<kMiningStages>;
 
 // A block's shared memory, in bytes: the pieces of g for the first half of the work, and in their place what
-// the second half computes; a row of ones; the slots.
-constexpr int kMiningMomentsAt = kMiningStageWarps * kFirstMiningScalar<kMiningStages> * 4;
-constexpr int kMiningWeightsAt = kMiningMomentsAt + 4 * kMiningStages * kMiningWindow * kMiningWindow * 4;
-constexpr int kMiningStripsAt = kMiningWeightsAt + kFirstMiningCell<kMiningStages> * 4;
-constexpr int kMiningScalarsEnd = kMiningStripsAt + 128 * 4;
-constexpr int kMiningRow = kMiningSlice * 2;  // bytes
-constexpr int kMiningPieces = 3;              // that g is split into
+// the second half computes (tiles, moments, weights of positions, strips, weights of cells, rows on their way
+// out); a row of ones; where the cells are; the slots.
+constexpr int kMiningMomentsAt = kFirstMiningTile<kMiningStages> * 16 * 8 * 4;
+constexpr int kMiningPositionsAt = kMiningMomentsAt + 4 * kMiningStages * kMiningWindow * kMiningWindow * 4;
+constexpr int kMiningStripsAt = kMiningPositionsAt + kMiningWindow * (kMiningWindow + 1) * 4;
+constexpr int kMiningWeightsAt =
+    kMiningStripsAt + kMiningWindow * (kMiningSide<1> + kMiningSide<2> + kMiningSide<3>)*4;
+constexpr int kMiningRowsAt = (kMiningWeightsAt + kMiningPieces * kMiningAllPadded * 2 + 127) / 128 * 128;
+constexpr int kMiningScalarsEnd = kMiningRowsAt + kMiningStages * kMiningStageWarps * kMiningRow;
+constexpr int kMiningCellsBytes = (kMiningAllCells * 4 + 127) / 128 * 128;
 
 // What warp w of a stage's kMiningStageWarps works on: its slices w, w + 3, ... of which it keeps up to
 // `slots` in shared memory. What does not stay is read again for the result.
@@ -72,7 +84,8 @@ struct MiningWindowParams {
   MiningParams p;
   MiningShare shares[kMiningStages * kMiningStageWarps];
   int32_t first_slice[kMiningStages];
-  int32_t total_slices, ones_at;  // ones_at: byte offset of the row of ones
+  int32_t total_slices;
+  int32_t ones_at;  // byte offset of the row of ones; where the cells are follows
 };
 
 // -- patch_mining_any: every geometry

@@ -367,7 +367,7 @@ __device__ void mine_all(const MiningAnyParams& a) {
   extern __shared__ __align__(128) char shared[];
   char* base = a.scratch ? a.scratch + blockIdx.x * a.work_bytes : shared;
   for (int64_t query = blockIdx.x; query < a.p.queries; query += gridDim.x) {
-    if (a.p.give_up && !a.p.give_up[query]) continue;
+    if (a.p.give_up && a.p.give_up[query] != 1) continue;
     mine_any<T>(a, base, query);
     __syncthreads();
   }

@@ -1,5 +1,6 @@
 import { expect, it } from 'vitest'
-import type { Device } from '../../../lib/device.ts'
+import { Device } from '../../../lib/device.ts'
+import { native } from '../../../lib/native.ts'
 import { type ActivationType, patchMining } from '../../../lib/ops.ts'
 import type { Tensor } from '../../../lib/tensor.ts'
 import { expectClose, Random } from '../../ops/helpers.ts'
@@ -88,6 +89,19 @@ cudaTests('patchMining on CUDA', cuda => {
     const random = new Random()
     const channels = [192, 384, 768, 1536]
     await check(inputs({ ...SMALL, channels }, random), dtype, `seed ${random.seed}`)
+  })
+
+  it.each([
+    ['what a multiprocessor holds of the real tower', [192, 384, 768, 1536]],
+    ['more slices than a warp keeps', [8, 64, 200, 2000]],
+  ])('gives the same bits however much stays in shared memory: %s', async (_, channels) => {
+    const random = new Random()
+    const c = inputs({ ...SMALL, channels }, random)
+    const out = await check(c, 'bf16', `seed ${random.seed}`)
+    if (native().cudaSurvey().devices.length < 2) return
+    const other = Device.open('cuda:1')
+    expect(await run(other, 'bf16', c)).toEqual(out)
+    await other.close()
   })
 
   for (const [kind, shape] of [
