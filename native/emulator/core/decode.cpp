@@ -565,6 +565,7 @@ Kernel Decoder::kernel(const Function& f) {
 
   for (Inst& in : k_.code)
     if (is_branch(in)) in.target = labels_[static_cast<size_t>(in.target)];
+  mark_barriers();
   // Dynamic shared memory begins after the static part.
   size_t base = (k_.static_shared + dynamic_align_ - 1) / dynamic_align_ * dynamic_align_;
   if (!dynamic_.empty()) k_.static_shared = base;
@@ -603,6 +604,56 @@ Kernel Decoder::kernel(const Function& f) {
   std::copy(f.required, f.required + 3, k_.required);
   k_.shared_granule = granule_;
   return std::move(k_);
+}
+
+// For each barrier of the whole block: the instructions that come after it on some path and never before it.
+void Decoder::mark_barriers() {
+  const size_t n = k_.code.size();
+  std::vector<std::vector<int32_t>> before(n);
+  auto successors = [&](size_t i, auto visit) {
+    const Inst& in = k_.code[i];
+    const bool always = in.pred == kNone;
+    if (const int t = branch_table(in); t >= 0)
+      for (int32_t l : k_.tables[static_cast<size_t>(t)]) visit(static_cast<size_t>(l));
+    if (is_branch(in)) visit(static_cast<size_t>(in.target));
+    const bool leaves = is_branch(in) || in.fn == &exit_now || branch_table(in) >= 0;
+    if (!(leaves && always)) visit(i + 1);
+  };
+  int count = 0;
+  for (Inst& in : k_.code)
+    if (is_barrier(in) && !(in.flag & 4) && count < 64) in.imm = ++count;
+  if (!count) return;
+  for (size_t i = 0; i < n; ++i)
+    successors(i, [&](size_t to) {
+      if (to < n) before[to].push_back(static_cast<int32_t>(i));
+    });
+  for (size_t b = 0; b < n; ++b) {
+    const uint64_t bit = barrier_bit(k_.code[b]);
+    if (!bit) continue;
+    std::vector<char> after(n, 0), ahead(n, 0);
+    std::vector<size_t> work{b};
+    auto reach = [&](std::vector<char>& seen, size_t to) {
+      if (to < n && !seen[to]) {
+        seen[to] = 1;
+        work.push_back(to);
+      }
+    };
+    while (!work.empty()) {
+      const size_t i = work.back();
+      work.pop_back();
+      successors(i, [&](size_t to) { reach(after, to); });
+    }
+    work.push_back(b);
+    while (!work.empty()) {
+      const size_t i = work.back();
+      work.pop_back();
+      for (int32_t from : before[i]) reach(ahead, static_cast<size_t>(from));
+    }
+    for (size_t i = 0; i < n; ++i) {
+      Inst& in = k_.code[i];
+      if (after[i] && !ahead[i] && i != b && !is_branch(in) && in.fn != &exit_now) in.past |= bit;
+    }
+  }
 }
 
 // Linear scan over live intervals, so that a warp's registers stay in cache. A lane's liveness follows that

@@ -44,6 +44,7 @@ struct Inst {
   uint16_t klass = 0;
   int32_t line = 0, target = 0;
   int64_t imm = 0;
+  uint64_t past = 0;  // barriers (a bit each) that this instruction comes after for good
 };
 
 enum SpecialRegister : uint8_t {
@@ -103,10 +104,15 @@ struct Group {
   uint32_t mask;
   Wait wait = Wait::none;
   int barrier = -1;
+  // Barriers for the whole block, as bits: those executed, and those that were left behind without.
+  uint64_t passed = 0, skipped = 0;
 };
 
+// A cp.async, or the arrival of a cp.async.mbarrier.arrive that follows all earlier ones of its lanes.
 struct AsyncCopy {
   uint32_t pending = 0;
+  const Inst* arrival = nullptr;
+  std::vector<uint32_t> clock;  // of the warp at the arrival
   uint32_t group[32];
   uint32_t shared[32];
   const std::byte* source[32];
@@ -121,7 +127,7 @@ struct Warp {
   Block* block = nullptr;
   const Kernel* kernel = nullptr;
   int index = 0;
-  uint32_t lanes = 0, alive = 0, quit_early = 0;
+  uint32_t lanes = 0, alive = 0;
   std::vector<Group> groups;
   size_t current = 0;
   // While a group runs:
@@ -186,7 +192,7 @@ struct Warp {
   bool select();
   void store_current();
   void branch(uint32_t taken, int32_t target);
-  void exit_lanes(uint32_t mask, bool early);
+  void exit_lanes(uint32_t mask);
   void wait_here(Wait kind);  // the group comes back to the instruction that is running
   void converge(const Inst& in, uint32_t mask, const char* what, bool* ready);
   uint32_t join(const Inst& in, uint32_t mask, int lane, uint32_t named, const char* what, bool* ready);
@@ -201,6 +207,7 @@ struct Warp {
                        uint8_t** init = nullptr);
   void count_access(const Inst& in, Space space, uint32_t mask, const uint64_t* address, uint32_t bytes);
   void land(uint32_t mask, uint32_t keep, bool all);
+  void land_copy(AsyncCopy& copy, uint32_t lanes, uint32_t now);  // now: the warp's clock for the race checker
   void sync_memory();  // a warp-wide synchronisation: later accesses of other lanes are ordered after
 
   [[noreturn]] void fail(const Inst& in, int lane, ReportKind kind, int error, const std::string& message,
@@ -238,6 +245,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<uint8_t> registers;
   std::vector<std::byte> shared, local;
+  std::vector<uint8_t> local_init;
   std::vector<uint8_t> shared_init;  // bit 0: written; bit 1: an asynchronous copy is under way
   std::vector<Cell> cells;
   std::map<uint64_t, std::vector<uint32_t>> mbarrier_clocks;  // by shared address: what waiting on it orders
@@ -247,7 +255,8 @@ struct Block {
   std::vector<uint64_t> classes;
   size_t shared_bytes = 0;
   bool done = false;
-  int late_exit_line = 0;  // a thread ended here although it had not left by an early return
+  uint64_t skipped = 0;  // barriers that threads left behind before they ended, here:
+  int skip_line = 0;
 
   void start(Launch& launch, uint64_t linear);
   bool step();  // runs for a while; true when the block has finished
@@ -366,6 +375,7 @@ class Decoder {
   void declare(const Variable& v);
   uint64_t place_local(const Variable& v);
   uint64_t place_shared(const Variable& v);
+  void mark_barriers();
   void allocate_registers();
 
   const PtxModule& module_;
@@ -399,6 +409,11 @@ bool decode_mbarrier(Decoder& d, const Instruction& s);
 // Control flow that the decoder itself emits or has to recognise.
 void skip_if(Warp& w, const Inst& in, uint32_t mask);   // bra
 void exit_now(Warp& w, const Inst& in, uint32_t mask);  // exit
+bool is_barrier(const Inst& in);
+// Of a barrier for the whole block: its bit in Inst::past, and in what Group and Block remember. 0: no such one.
+inline uint64_t barrier_bit(const Inst& in) {
+  return is_barrier(in) && in.imm ? uint64_t{1} << (in.imm - 1) : 0;
+}
 bool is_branch(const Inst& in);                         // target is a label
 int branch_table(const Inst& in);                       // -1: not brx.idx
 

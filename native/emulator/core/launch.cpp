@@ -74,6 +74,8 @@ bool Warp::select() {
     for (size_t j = i + 1; j < groups.size();) {
       if (groups[j].pc == groups[i].pc && groups[j].wait != Wait::barrier) {
         groups[i].mask |= groups[j].mask;
+        groups[i].passed |= groups[j].passed;
+        groups[i].skipped |= groups[j].skipped;
         groups[i].wait = Wait::none;
         groups[j] = groups.back();
         groups.pop_back();
@@ -105,7 +107,7 @@ bool Warp::select() {
 }
 
 bool Warp::run(int budget) {
-  const bool count = block->launch->options.counters;
+  const bool count = block->launch->options.counters, checks = block->launch->options.checks;
   const Inst* code = kernel->code.data();
   while (budget > 0) {
     if (!select()) return false;
@@ -117,6 +119,7 @@ bool Warp::run(int budget) {
       uint32_t m = active;
       if (in.pred != kNone) m &= in.pred_negated ? ~predicate(in.pred) : predicate(in.pred);
       if (count) ++block->classes[in.klass];
+      if (in.past && checks && m) groups[current].skipped |= in.past & ~groups[current].passed;
       if (m) in.fn(*this, in, m);
     }
     instructions += static_cast<uint64_t>(before - std::max(budget, 0));
@@ -132,34 +135,38 @@ void Warp::branch(uint32_t taken, int32_t target) {
     if (groups.size() > 1) stop = true;
     return;
   }
-  Group other{target, taken, Wait::none, -1};
+  Group other = groups[current];
+  other.pc = target;
+  other.mask = taken;
   active &= ~taken;
   groups.push_back(other);
   stop = true;
 }
 
-void Warp::exit_lanes(uint32_t mask, bool early) {
+// Threads that have ended count as arrived at barriers for all threads (PTX ISA, exit), so an early return is
+// fine. Reported is who ends after work behind a barrier that others still come to.
+void Warp::exit_lanes(uint32_t mask) {
+  const uint64_t skipped = groups[current].skipped;
+  const Inst& in = kernel->code[static_cast<size_t>(pc - 1)];
+  if (skipped) {
+    block->skipped |= skipped;
+    block->skip_line = in.line;
+    for (const Warp& w : block->warps)
+      for (const Group& g : w.groups) {
+        if (!g.mask || g.wait == Wait::none || (&w == this && &g == &groups[current])) continue;
+        const Inst& at = kernel->code[static_cast<size_t>(g.wait == Wait::barrier ? g.pc - 1 : g.pc)];
+        if (skipped & barrier_bit(at))
+          fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719,
+               "the thread ends after passing by the barrier of PTX line " + std::to_string(at.line) +
+                   ", where others of its block wait");
+      }
+  }
   alive &= ~mask;
-  if (early) quit_early |= mask;
   active &= ~mask;
   for (Group& g : groups) g.mask &= ~mask;
   if (!active || groups.size() > 1) stop = true;
   for (Group& g : groups)
     if (g.wait == Wait::sync || g.wait == Wait::converge) g.wait = Wait::none;  // look again
-  if (!early) block->late_exit_line = kernel->code[static_cast<size_t>(pc - 1)].line;
-  if (!early && block->launch->options.checks)
-    for (int i = 0; i < 16; ++i) {
-      Barrier& b = block->barriers[i];
-      if (b.joined.empty() || b.expected) continue;
-      const Inst& in = kernel->code[static_cast<size_t>(pc - 1)];
-      int line = 0;
-      for (auto [wi, lanes] : b.joined)
-        for (const Group& g : block->warps[static_cast<size_t>(wi)].groups)
-          if (g.wait == Wait::barrier && g.pc > 0) line = kernel->code[static_cast<size_t>(g.pc - 1)].line;
-      fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719,
-           "the thread exits while others of its block wait at the barrier of PTX line " +
-               std::to_string(line));
-    }
   if (!alive) block->check_barriers();
 }
 
@@ -218,10 +225,13 @@ void Warp::sync_memory() {
 
 void Block::arrive(Warp& w, const Inst& in, int id, uint32_t threads_, uint32_t mask, bool wait) {
   Barrier& b = barriers[id];
-  if (!threads_ && late_exit_line && launch->options.checks)
-    w.fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719,
-           "other threads of the block ended at PTX line " + std::to_string(late_exit_line) +
-               " without coming to this barrier");
+  if (const uint64_t bit = barrier_bit(in)) {
+    if (skipped & bit)
+      w.fail(in, __builtin_ctz(mask), ReportKind::divergent_barrier, 719,
+             "other threads of the block passed by this barrier and ended at PTX line " +
+                 std::to_string(skip_line));
+    w.groups[w.current].passed |= bit;
+  }
   bool fresh = b.arrived == 0 && b.joined.empty() && b.threads == 0;
   if (fresh) {
     b.expected = threads_;
@@ -339,7 +349,7 @@ void Block::start(Launch& l, uint64_t linear) {
   launch = &l;
   kernel = l.kernel;
   done = false;
-  late_exit_line = 0;
+  skipped = 0;
   mbarrier_clocks.clear();
   const LaunchConfig& c = l.config;
   id[0] = static_cast<uint32_t>(linear % c.grid[0]);
@@ -354,6 +364,7 @@ void Block::start(Launch& l, uint64_t linear) {
   shared_init.assign(shared_bytes + 64, l.options.checks ? 0 : 1);
   if (l.options.checks) cells.assign(shared_bytes / kernel->shared_granule + 2, Cell{});
   local.assign(kernel->local_bytes * count * 32, std::byte{0xff});
+  local_init.assign(l.options.checks ? local.size() : 0, 0);
   classes.assign(kernel->classes.size(), 0);
   counters = Counters{};
   warps.resize(count);
@@ -367,8 +378,7 @@ void Block::start(Launch& l, uint64_t linear) {
     w.index = static_cast<int>(i);
     int n = std::min(32, threads - static_cast<int>(i) * 32);
     w.lanes = w.alive = n == 32 ? kAll : (1u << n) - 1;
-    w.quit_early = 0;
-    w.groups.assign(1, Group{0, w.alive, Wait::none, -1});
+    w.groups.assign(1, Group{0, w.alive});
     w.copies.clear();
     std::fill(w.group_now, w.group_now + 32, 0);
     w.blocked = false;

@@ -167,7 +167,15 @@ std::byte* Warp::at(const Inst& in, int lane, Space space, uint64_t address, uin
              "access of " + std::to_string(bytes) + " bytes at local address " + hex(address) +
                  "; the thread has " + std::to_string(kernel->local_bytes) + " bytes",
              address);
-      return &block->local[static_cast<size_t>(index * 32 + lane) * kernel->local_bytes + address];
+      address += static_cast<size_t>(index * 32 + lane) * kernel->local_bytes;
+      if (!block->local_init.empty()) {
+        uint8_t* init = &block->local_init[address];
+        if (kind & 1 && std::find(init, init + bytes, 0) != init + bytes)
+          note(in, lane, ReportKind::uninitialized_read,
+               "read of " + std::to_string(bytes) + " bytes of local memory that nothing has written");
+        if (kind & 2) std::memset(init, 1, bytes);
+      }
+      return &block->local[address];
     case Space::param: {
       if (address & kCallParam) {
         address -= kCallParam;
@@ -230,28 +238,32 @@ void Warp::count_access(const Inst& in, Space space, uint32_t mask, const uint64
 
 // ---- cp.async ----
 
+void Warp::land_copy(AsyncCopy& c, uint32_t due, uint32_t now) {
+  each_lane(due, [&](int i) {
+    std::byte* d = &block->shared[c.shared[i]];
+    std::memcpy(d, c.source[i], c.source_bytes[i]);
+    std::memset(d + c.source_bytes[i], 0, static_cast<size_t>(c.bytes - c.source_bytes[i]));
+    if (!clock.empty()) {
+      std::memset(&block->shared_init[c.shared[i]], 1, c.bytes);
+      size_t g = kernel->shared_granule;
+      for (size_t k = c.shared[i] / g; k <= (c.shared[i] + c.bytes - 1u) / g; ++k) {
+        block->cells[k].writer = static_cast<uint64_t>(now) << 10 | static_cast<uint64_t>(index) << 5 |
+                                 static_cast<uint64_t>(i);
+        block->cells[k].line = c.line;
+      }
+    }
+  });
+  c.pending &= ~due;
+}
 void Warp::land(uint32_t mask, uint32_t keep, bool all) {
   for (AsyncCopy& c : copies) {
+    if (c.arrival) continue;
     uint32_t due = 0;
     each_lane(c.pending & mask, [&](int i) {
       // A group is complete once `keep` later groups have been committed; the open group is group_now.
       if (all || c.group[i] + keep < group_now[i]) due |= 1u << i;
     });
-    each_lane(due, [&](int i) {
-      std::byte* d = &block->shared[c.shared[i]];
-      std::memcpy(d, c.source[i], c.source_bytes[i]);
-      std::memset(d + c.source_bytes[i], 0, static_cast<size_t>(c.bytes - c.source_bytes[i]));
-      if (!clock.empty()) {
-        std::memset(&block->shared_init[c.shared[i]], 1, c.bytes);
-        size_t g = kernel->shared_granule;
-        for (size_t k = c.shared[i] / g; k <= (c.shared[i] + c.bytes - 1u) / g; ++k) {
-          block->cells[k].writer = static_cast<uint64_t>(clock[static_cast<size_t>(index)]) << 10 |
-                                   static_cast<uint64_t>(index) << 5 | static_cast<uint64_t>(i);
-          block->cells[k].line = c.line;
-        }
-      }
-    });
-    c.pending &= ~due;
+    land_copy(c, due, clock.empty() ? 0 : clock[static_cast<size_t>(index)]);
   }
   while (!copies.empty() && !copies.front().pending) copies.pop_front();
 }

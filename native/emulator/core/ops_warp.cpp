@@ -7,24 +7,10 @@
 
 namespace mgm::emulator {
 
-void exit_now(Warp& w, const Inst& in, uint32_t m) {
-  // An early return: guarded, or what a conditional branch falls through to.
-  bool early = in.pred != kNone;
-  if (w.pc >= 2) {
-    const Inst& before = w.kernel->code[static_cast<size_t>(w.pc - 2)];
-    early |= is_branch(before) && before.pred != kNone;
-  }
-  w.exit_lanes(m, early);
+void exit_now(Warp& w, const Inst&, uint32_t m) {
+  w.exit_lanes(m);
 }
 void skip_if(Warp& w, const Inst& in, uint32_t m) {
-  int32_t to = in.target;
-  const std::vector<Inst>& code = w.kernel->code;
-  for (int hops = 0; hops < 4 && code[static_cast<size_t>(to)].fn == &skip_if &&
-                     code[static_cast<size_t>(to)].pred == kNone;
-       ++hops)
-    to = code[static_cast<size_t>(to)].target;
-  const Inst& next = code[static_cast<size_t>(to)];
-  if (in.pred != kNone && next.fn == &exit_now && next.pred == kNone) return w.exit_lanes(m, true);
   w.branch(m, in.target);
 }
 
@@ -48,7 +34,10 @@ void branch_indexed(Warp& w, const Inst& in, uint32_t m) {
       if (w.groups.size() > 1) w.stop = true;
       return;
     }
-    w.groups.push_back(Group{t[k], same, Wait::none, -1});
+    Group other = w.groups[w.current];
+    other.pc = t[k];
+    other.mask = same;
+    w.groups.push_back(other);
     w.active &= ~same;
     w.stop = true;
   }
@@ -256,6 +245,9 @@ std::string text_at(Warp& w, const Inst& in, int lane, uint64_t address) {
 
 }  // namespace
 
+bool is_barrier(const Inst& in) {
+  return in.fn == &barrier;
+}
 bool is_branch(const Inst& in) {
   return in.fn == &skip_if;
 }
@@ -341,9 +333,7 @@ void call_vprintf(Warp& w, const Inst& in, uint32_t m) {
     std::fwrite(out.data(), 1, out.size(), stdout);
     if (in.count > 2) {
       int32_t r = written;
-      std::memcpy(&w.block->local[static_cast<size_t>(w.index * 32 + lane) * w.kernel->local_bytes +
-                                  w.value(in, 2, lane)],
-                  &r, 4);
+      std::memcpy(w.at(in, lane, Space::local, w.value(in, 2, lane), 4, 2), &r, 4);
     }
   });
 }
