@@ -38,7 +38,7 @@ describe.skipIf(!cmake)('the emulator', () => {
 
   // At least so many checks must have run: a program that skips its work passes nothing.
   it.each([
-    ['core_test', 6000],
+    ['core_test', 7700],
     ['driver_test', 700],
     ['foreign_test', 16],
   ])(

@@ -4,6 +4,7 @@
 // a byte offset into that file, or ~offset into the kernel's pool of constants, laid out in the same way, so
 // a handler never asks which of the two it got.
 #pragma once
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -207,7 +208,8 @@ struct Warp {
                        uint8_t** init = nullptr);
   void count_access(const Inst& in, Space space, uint32_t mask, const uint64_t* address, uint32_t bytes);
   void land(uint32_t mask, uint32_t keep, bool all);
-  void land_copy(AsyncCopy& copy, uint32_t lanes, uint32_t now);  // now: the warp's clock for the race checker
+  void land_copy(AsyncCopy& copy, uint32_t lanes,
+                 uint32_t now);  // now: the warp's clock for the race checker
   void sync_memory();  // a warp-wide synchronisation: later accesses of other lanes are ordered after
 
   [[noreturn]] void fail(const Inst& in, int lane, ReportKind kind, int error, const std::string& message,
@@ -215,9 +217,12 @@ struct Warp {
   void note(const Inst& in, int lane, ReportKind kind, const std::string& message, uint64_t address = 0);
 };
 
+// What the race checker knows of a piece of shared memory: accesses that no later one is ordered after, as
+// atomic << 63 | several lanes << 62 | clock << 10 | warp << 5 | lane; 0: none.
 struct Cell {
-  uint64_t writer = 0, readers[2] = {0, 0};  // atomic << 63 | clock << 10 | warp << 5 | lane; 0: none
+  uint64_t writer = 0, readers[2] = {0, 0};  // of two warps; those of others in Block::readers[more - 1]
   int line = 0;                              // of the writer
+  uint32_t more = 0;
 };
 
 struct Barrier {
@@ -248,6 +253,8 @@ struct Block {
   std::vector<uint8_t> local_init;
   std::vector<uint8_t> shared_init;  // bit 0: written; bit 1: an asynchronous copy is under way
   std::vector<Cell> cells;
+  std::vector<std::array<uint64_t, 32>> readers;  // a set per cell that more than two warps read, by warp
+  std::vector<uint32_t> free_readers;
   std::map<uint64_t, std::vector<uint32_t>> mbarrier_clocks;  // by shared address: what waiting on it orders
   Barrier barriers[16];
   std::mt19937_64 random;
@@ -263,6 +270,7 @@ struct Block {
   void arrive(Warp& w, const Inst& in, int id, uint32_t threads, uint32_t mask, bool wait);
   void complete(int id);
   void check_barriers();
+  std::string who_waits() const;
   [[noreturn]] void stuck();
 };
 
@@ -410,12 +418,13 @@ bool decode_mbarrier(Decoder& d, const Instruction& s);
 void skip_if(Warp& w, const Inst& in, uint32_t mask);   // bra
 void exit_now(Warp& w, const Inst& in, uint32_t mask);  // exit
 bool is_barrier(const Inst& in);
-// Of a barrier for the whole block: its bit in Inst::past, and in what Group and Block remember. 0: no such one.
+// Of a barrier for the whole block: its bit in Inst::past, and in what Group and Block remember. 0: no such
+// one.
 inline uint64_t barrier_bit(const Inst& in) {
   return is_barrier(in) && in.imm ? uint64_t{1} << (in.imm - 1) : 0;
 }
-bool is_branch(const Inst& in);                         // target is a label
-int branch_table(const Inst& in);                       // -1: not brx.idx
+bool is_branch(const Inst& in);    // target is a label
+int branch_table(const Inst& in);  // -1: not brx.idx
 
 // External functions by name, called with their parameters in the call frame.
 void call_vprintf(Warp& w, const Inst& in, uint32_t mask);

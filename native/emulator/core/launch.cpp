@@ -312,35 +312,45 @@ void Block::complete(int id) {
   std::fill(b.clock.begin(), b.clock.end(), 0);
 }
 
-// Nothing in the block can run: name who waits for what.
+// Who waits for what, for reports of a block that does not get on.
+std::string Block::who_waits() const {
+  std::string who;
+  int listed = 0;
+  for (const Warp& w : warps)
+    for (const Group& g : w.groups) {
+      if (!g.mask || listed++ >= 8) continue;
+      const bool blocked = g.wait == Wait::barrier;
+      who += "; warp " + std::to_string(w.index) + " lanes " + hex(g.mask) +
+             (g.wait == Wait::none       ? " run"
+              : g.wait == Wait::sync     ? " wait at a warp synchronisation"
+              : g.wait == Wait::converge ? " wait at an instruction for the whole warp"
+                                         : " wait at barrier " + std::to_string(g.barrier)) +
+             ", PTX line " +
+             std::to_string(kernel->code[static_cast<size_t>(std::max(0, g.pc - blocked))].line);
+    }
+  return who;
+}
+
+// Nothing in the block can run.
 void Block::stuck() {
   Warp* first = nullptr;
   const Group* worst = nullptr;
-  std::string who;
-  int listed = 0;
   for (Warp& w : warps)
     for (const Group& g : w.groups) {
       if (!g.mask || g.wait == Wait::none) continue;
-      int line = kernel->code[static_cast<size_t>(g.wait == Wait::barrier ? g.pc - 1 : g.pc)].line;
       bool severe =
           g.wait == Wait::sync || (g.wait == Wait::converge && (!worst || worst->wait == Wait::barrier));
       if (!worst || severe) {
         first = &w;
         worst = &g;
       }
-      if (listed++ < 8)
-        who += "; warp " + std::to_string(w.index) + " lanes " + hex(g.mask) + " wait at " +
-               (g.wait == Wait::sync       ? "a warp synchronisation"
-                : g.wait == Wait::converge ? "an instruction for the whole warp"
-                                           : "barrier " + std::to_string(g.barrier)) +
-               ", PTX line " + std::to_string(line);
     }
   if (!worst) throw Fault{ReportKind::deadlock, 719};
   const Inst& in =
       kernel->code[static_cast<size_t>(worst->wait == Wait::barrier ? worst->pc - 1 : worst->pc)];
   ReportKind kind = worst->wait == Wait::sync ? ReportKind::bad_mask : ReportKind::divergent_barrier;
   first->fail(in, __builtin_ctz(worst->mask), kind, 719,
-              "the threads of the block wait for each other for ever" + who);
+              "the threads of the block wait for each other for ever" + who_waits());
 }
 
 // ---- blocks ----
@@ -363,6 +373,8 @@ void Block::start(Launch& l, uint64_t linear) {
   shared.assign(shared_bytes + 64, std::byte{0xff});
   shared_init.assign(shared_bytes + 64, l.options.checks ? 0 : 1);
   if (l.options.checks) cells.assign(shared_bytes / kernel->shared_granule + 2, Cell{});
+  readers.clear();
+  free_readers.clear();
   local.assign(kernel->local_bytes * count * 32, std::byte{0xff});
   local_init.assign(l.options.checks ? local.size() : 0, 0);
   classes.assign(kernel->classes.size(), 0);
@@ -573,7 +585,8 @@ static void work(Launch& l, size_t resident_limit) {
                     l.kernel->code[static_cast<size_t>(std::max(0, g.pc - (g.wait == Wait::barrier)))];
                 w.fail(in, __builtin_ctz(g.mask), ReportKind::deadlock, 719,
                        "the launch did not end within " + std::to_string(l.options.watchdog_seconds) +
-                           " s; this thread " + (g.wait == Wait::none ? "still runs" : "waits"));
+                           " s; this thread " + (g.wait == Wait::none ? "still runs" : "waits") +
+                           b.who_waits());
               }
         }
       }

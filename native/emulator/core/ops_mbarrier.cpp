@@ -71,8 +71,8 @@ void arrive(Warp& w, const Inst& in, uint32_t m) {
 struct PendingCount {
   static uint32_t call(uint64_t state) { return static_cast<uint32_t>(state & kCount); }
 };
-// Arrivals that follow asynchronous copies come about only when somebody looks at the mbarrier, and not always at
-// the first time: their copies land then.
+// Arrivals that follow asynchronous copies come about only when somebody looks at the mbarrier, and not
+// always at the first time: their copies land then.
 void land_arrivals(Block& b, uint64_t address) {
   if (b.random() % 4 == 0) return;
   for (Warp& w : b.warps)
@@ -83,7 +83,8 @@ void land_arrivals(Block& b, uint64_t address) {
         if (arrival.shared[i] != address) return;
         const uint32_t now = arrival.clock.empty() ? 0 : arrival.clock[static_cast<size_t>(w.index)];
         for (size_t earlier = 0; earlier < k; ++earlier)
-          if (!w.copies[earlier].arrival) w.land_copy(w.copies[earlier], w.copies[earlier].pending & 1u << i, now);
+          if (!w.copies[earlier].arrival)
+            w.land_copy(w.copies[earlier], w.copies[earlier].pending & 1u << i, now);
         arrival.pending &= ~(1u << i);
         arrive_at(w, *arrival.arrival, i, address, 1, false, arrival.clock);
       });
@@ -92,7 +93,12 @@ void land_arrivals(Block& b, uint64_t address) {
 // o: predicate, address, state or parity (mode 1)
 void test(Warp& w, const Inst& in, uint32_t m) {
   uint32_t r = 0;
-  land_arrivals(*w.block, place(w, in, __builtin_ctz(m)));
+  uint64_t last = ~uint64_t{0};
+  each_lane(m, [&](int i) {
+    const uint64_t a = place(w, in, i);
+    if (a != last) land_arrivals(*w.block, a);
+    last = a;
+  });
   each_lane(m, [&](int i) {
     uint64_t a = place(w, in, i), now = *object(w, in, i, a) >> 40 & 1, v = w.value(in, 2, i);
     bool complete = now != (in.mode ? v & 1 : v >> 40 & 1);

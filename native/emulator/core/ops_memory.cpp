@@ -87,17 +87,18 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
   }
   if (kind & 2)
     for (uint32_t i = 0; i < bytes; ++i) init[i] |= 1;
+  constexpr uint64_t kAtomic = uint64_t{1} << 63, kSeveral = uint64_t{1} << 62, kClock = kSeveral - 1;
   const uint64_t mine = clock[static_cast<size_t>(index)];
-  const uint64_t id = (atomic ? uint64_t{1} << 63 : 0) | mine << 10 | static_cast<uint64_t>(index) << 5 |
-                      static_cast<uint64_t>(lane);
-  auto ordered = [&](uint64_t v) {
+  const uint64_t id =
+      (atomic ? kAtomic : 0) | mine << 10 | static_cast<uint64_t>(index) << 5 | static_cast<uint64_t>(lane);
+  auto same_warp = [&](uint64_t v) { return (v >> 5 & 31) == static_cast<uint64_t>(index); };
+  auto before = [&](uint64_t v) {
     if (v == 0) return true;
-    if (atomic && v >> 63) return true;
-    size_t other = v >> 5 & 31;
-    uint64_t c = (v & ~(uint64_t{1} << 63)) >> 10;
-    if (other == static_cast<size_t>(index)) return (v & 31) == static_cast<uint64_t>(lane) || c < mine;
-    return c <= clock[other];
+    const uint64_t c = (v & kClock) >> 10;
+    if (same_warp(v)) return (!(v & kSeveral) && (v & 31) == static_cast<uint64_t>(lane)) || c < mine;
+    return c <= clock[v >> 5 & 31];
   };
+  auto ordered = [&](uint64_t v) { return (atomic && v & kAtomic) || before(v); };
   auto race = [&](const char* what, uint64_t v, int line) {
     note(in, lane, ReportKind::shared_race,
          std::string(what) + " at shared address " + hex(offset) +
@@ -105,16 +106,23 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
              (line ? " at PTX line " + std::to_string(line) : ""),
          offset);
   };
+  auto read = [&](uint64_t& v) {
+    if (v && same_warp(v) && (v & kClock) >> 10 == mine) {
+      if ((v ^ id) & 31) v |= kSeveral;
+      if (!atomic) v &= ~kAtomic;
+    } else {
+      v = id;
+    }
+  };
   size_t g = b.kernel->shared_granule;
   for (size_t c = offset / g; c <= (offset + bytes - 1) / g; ++c) {
     Cell& cell = b.cells[c];
     if (!ordered(cell.writer)) {
-      bool same_warp = (cell.writer >> 5 & 31) == static_cast<uint64_t>(index);
       if (kind & 1) race("read after write", cell.writer, cell.line);
       // Lanes of one store to one place: one of them wins, as documented. Threads that write the same value,
       // as compilers let them do for replicated data, change nothing: racecheck counts that as information
       // only.
-      else if (!same_warp && !(value && std::memcmp(value, &b.shared[offset], bytes) == 0))
+      else if (!same_warp(cell.writer) && !(value && std::memcmp(value, &b.shared[offset], bytes) == 0))
         race("write after write", cell.writer, cell.line);
     }
     if (kind & 2) {
@@ -122,13 +130,34 @@ std::byte* Warp::at_shared(const Inst& in, int lane, uint64_t offset, uint32_t b
         if (!ordered(r)) race("write after read", r, 0);
         r = 0;
       }
+      if (cell.more) {
+        for (uint64_t& r : b.readers[cell.more - 1]) {
+          if (!ordered(r)) race("write after read", r, 0);
+          r = 0;
+        }
+        b.free_readers.push_back(cell.more);
+        cell.more = 0;
+      }
       cell.writer = id;
       cell.line = in.line;
+    } else if (cell.readers[0] && same_warp(cell.readers[0])) {
+      read(cell.readers[0]);
+    } else if (cell.readers[1] && same_warp(cell.readers[1])) {
+      read(cell.readers[1]);
+    } else if (before(cell.readers[0])) {
+      cell.readers[0] = id;
+    } else if (before(cell.readers[1])) {
+      cell.readers[1] = id;
     } else {
-      uint64_t& slot = cell.readers[0] == 0 || cell.readers[0] == id || ordered(cell.readers[0])
-                           ? cell.readers[0]
-                           : cell.readers[1];
-      slot = id;
+      if (!cell.more) {
+        if (b.free_readers.empty()) {
+          b.readers.push_back({});
+          b.free_readers.push_back(static_cast<uint32_t>(b.readers.size()));
+        }
+        cell.more = b.free_readers.back();
+        b.free_readers.pop_back();
+      }
+      read(b.readers[cell.more - 1][static_cast<size_t>(index)]);
     }
   }
   return &b.shared[offset];
@@ -247,8 +276,8 @@ void Warp::land_copy(AsyncCopy& c, uint32_t due, uint32_t now) {
       std::memset(&block->shared_init[c.shared[i]], 1, c.bytes);
       size_t g = kernel->shared_granule;
       for (size_t k = c.shared[i] / g; k <= (c.shared[i] + c.bytes - 1u) / g; ++k) {
-        block->cells[k].writer = static_cast<uint64_t>(now) << 10 | static_cast<uint64_t>(index) << 5 |
-                                 static_cast<uint64_t>(i);
+        block->cells[k].writer =
+            static_cast<uint64_t>(now) << 10 | static_cast<uint64_t>(index) << 5 | static_cast<uint64_t>(i);
         block->cells[k].line = c.line;
       }
     }

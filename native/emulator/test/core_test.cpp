@@ -1,5 +1,7 @@
 // The emulator's core: control flow, barriers, planted bugs that it must report, refusals at load time; and
 // the parts in core_*.cpp.
+#include <functional>
+
 #include "harness.h"
 
 using namespace mgm::emulator;
@@ -147,6 +149,62 @@ void bugs() {
                shared_kernel("setp.ge.u32 %p1, %r1, 40; @%p1 ret; st.shared.u32 [%r4], %r1; bar.sync 0; "
                              "ld.shared.u32 %r5, [s+156]; st.global.u32 [%rd2], %r5;"),
                64, filled(40, [](uint32_t) { return 39u; }));
+  const char* local = ".shared .align 16 .b8 s[1024]; .local .align 16 .b8 l[64];";
+  expect_report("uninitialised local",
+                shared_kernel("ld.local.u32 %r5, [l+8]; st.global.u32 [%rd2], %r5;", local),
+                ReportKind::uninitialized_read, 64);
+  expect_clean(
+      "local",
+      shared_kernel("st.local.u32 [l+8], %r1; ld.local.u32 %r5, [l+8]; st.global.u32 [%rd2], %r5;", local),
+      64, filled(64, [](uint32_t i) { return i; }));
+  expect_clean("leaving to the end of the kernel before a barrier",
+               shared_kernel("setp.ge.u32 %p1, %r1, 40; @%p1 bra $E; st.shared.u32 [%r4], %r1; bar.sync 0; "
+                             "ld.shared.u32 %r5, [s+156]; st.global.u32 [%rd2], %r5; $E:"),
+               96, filled(40, [](uint32_t) { return 39u; }));
+  expect_clean(
+      "leaving a loop with a barrier, a warp after the other",
+      shared_kernel("shr.u32 %r6, %r1, 5; mov.u32 %r5, 0; $L: setp.gt.u32 %p1, %r5, %r6; @%p1 bra $E; "
+                    "bar.sync 0; add.u32 %r5, %r5, 1; st.global.u32 [%rd2], %r5; bra $L; $E:"),
+      96, filled(96, [](uint32_t i) { return i / 32 + 1; }));
+  expect_report(
+      "passing by a barrier with work behind it",
+      shared_kernel("setp.ge.u32 %p1, %r1, 32; @%p1 bra $W; st.shared.u32 [%r4], %r1; bar.sync 0; $W: "
+                    "add.u32 %r5, %r1, 1; setp.gt.u32 %p2, %r1, 200; @%p2 bra $E; st.global.u32 [%rd2], "
+                    "%r5; $E:"),
+      ReportKind::divergent_barrier, 64);
+  // Four warps read one word; a barrier of three of them does not order the fourth before the write.
+  expect_report(
+      "write after the read of one of many",
+      shared_kernel("st.shared.u32 [s], 5; bar.sync 0; ld.shared.u32 %r5, [s]; shr.u32 %r6, %r1, 5; "
+                    "setp.eq.u32 %p1, %r6, 2; @%p1 bra $E; bar.sync 1, 96; setp.eq.u32 %p2, %r1, 96; "
+                    "@%p2 st.shared.u32 [s], 7; $E: st.global.u32 [%rd2], %r5;"),
+      ReportKind::shared_race, 128);
+  expect_report(
+      "write after a lane's read",
+      shared_kernel("st.shared.u32 [s], 5; bar.sync 0; ld.shared.u32 %r5, [s]; setp.eq.u32 %p2, %r1, 9; "
+                    "@%p2 st.shared.u32 [s], 7; st.global.u32 [%rd2], %r5;"),
+      ReportKind::shared_race, 32);
+  expect_report(
+      "own copy before the mbarrier says so",
+      shared_kernel("setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [s+512], 32; bar.sync 0; "
+                    "mad.wide.u32 %rd3, %r1, 4, %rd1; cp.async.ca.shared.global [%r4], [%rd3], 4; "
+                    "cp.async.mbarrier.arrive.noinc.shared.b64 [s+512]; ld.shared.u32 %r5, [%r4]; "
+                    "st.global.u32 [%rd2], %r5;"),
+      ReportKind::shared_race, 32);
+  // Without .noinc the copies' arrivals come on top of the 32; lanes look at one of two mbarriers.
+  expect_clean(
+      "arrivals beyond those counted in advance",
+      shared_kernel(
+          "and.b32 %r7, %r1, 1; shl.b32 %r7, %r7, 3; add.u32 %r7, %r7, %r2; setp.lt.u32 %p1, %r1, 2; "
+          "@%p1 mbarrier.init.shared.b64 [%r7+512], 16; bar.sync 0; mad.wide.u32 %rd3, %r1, 4, "
+          "%rd1; cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.mbarrier.arrive.shared.b64 "
+          "[%r7+512]; mbarrier.arrive.shared.b64 %rd4, [%r7+512]; $W: "
+          "mbarrier.test_wait.shared.b64 %p3, [%r7+512], %rd4; @!%p3 bra $W; ld.shared.u32 %r5, "
+          "[%r4]; add.u32 %r5, %r5, %r1; st.global.u32 [%rd2], %r5;"),
+      32, filled(32, [](uint32_t i) { return i + 1; }));
+  expect_report("barrier of too few",
+                shared_kernel("setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 1, 96; bar.sync 0;"),
+                ReportKind::divergent_barrier, 64, 256, 0, "wait at barrier 1");
   expect_report("trap", shared_kernel("trap;"), ReportKind::trap, 32);
   {
     Device d;
@@ -182,7 +240,110 @@ void bugs() {
     r = d.run(shared_kernel("$L: ld.volatile.global.u32 %r5, [%rd1]; setp.ne.u32 %p1, %r5, 77; @%p1 bra $L;"),
               {d.put(std::vector<uint32_t>(64))}, 1, 32);
     check(r.error == 719 && !r.reports.empty() && r.reports[0].kind == ReportKind::deadlock, "watchdog");
+    r = d.run(shared_kernel("setp.lt.u32 %p2, %r1, 32; @%p2 bra $B; $L: ld.volatile.global.u32 %r5, [%rd1]; "
+                            "setp.ne.u32 %p1, %r5, 77; @%p1 bra $L; $B: bar.sync 0;"),
+              {d.put(std::vector<uint32_t>(64))}, 1, 64);
+    check(r.error == 719 && !r.reports.empty() && r.reports[0].kind == ReportKind::deadlock &&
+              r.reports[0].message.find("warp 0 lanes 0xffffffff wait at barrier 0") != std::string::npos &&
+              r.reports[0].message.find("warp 1 lanes 0xffffffff run") != std::string::npos,
+          "the watchdog says who waits for what");
   }
+}
+
+// Random programs of nested branches and loops, each thread on its own data, against the same steps one by
+// one.
+struct Program {
+  std::mt19937 random;
+  std::string text;
+  int labels = 0, statements = 0;
+  using Step = std::function<void(uint32_t*)>;
+
+  std::string reg(uint32_t i) { return "%r" + std::to_string(20 + i); }
+  Step block(int depth) {
+    std::vector<Step> steps;
+    for (uint32_t n = 1 + random() % 3; n--;) steps.push_back(statement(depth));
+    return [steps](uint32_t* v) {
+      for (const Step& s : steps) s(v);
+    };
+  }
+  Step statement(int depth) {
+    const uint32_t a = random() % 4, b = random() % 4, c = random() % 1000, kind = random() % 8;
+    const std::string label = std::to_string(labels++);
+    if (depth == 0 || ++statements > 40 || kind < 3) {
+      text += "mad.lo.u32 " + reg(a) + ", " + reg(b) + ", " + std::to_string(c | 1) + ", " + reg(a) + ";\n";
+      return [=](uint32_t* v) { v[a] = v[b] * (c | 1) + v[a]; };
+    }
+    if (kind < 6) {
+      const uint32_t bit = 1u << random() % 5;
+      text += "and.b32 %r5, " + reg(a) + ", " + std::to_string(bit) +
+              "; setp.eq.u32 %p1, %r5, 0; @%p1 bra $E" + label + ";\n";
+      Step yes = block(depth - 1);
+      text += "bra $J" + label + "; $E" + label + ":\n";
+      Step no = block(depth - 1);
+      text += "$J" + label + ":\n";
+      return [=](uint32_t* v) { v[a] & bit ? yes(v) : no(v); };
+    }
+    const std::string counter = "%r" + std::to_string(6 + depth);
+    text += "and.b32 " + counter + ", " + reg(a) + ", 3; $L" + label + ": setp.eq.u32 %p1, " + counter +
+            ", 0; @%p1 bra $X" + label + ";\n";
+    Step body = block(depth - 1);
+    text += "sub.u32 " + counter + ", " + counter + ", 1; bra $L" + label + "; $X" + label + ":\n";
+    return [=](uint32_t* v) {
+      for (uint32_t n = v[a] & 3; n--;) body(v);
+    };
+  }
+};
+
+void torture() {
+  for (uint32_t seed = 0; seed < 40; ++seed) {
+    Program p;
+    p.random.seed(seed);
+    const Program::Step all = p.block(5);
+    std::vector<uint32_t> want(64);
+    for (uint32_t i = 0; i < 64; ++i) {
+      uint32_t v[4] = {i, i * 3, i ^ 21, 7};
+      all(v);
+      want[i] = v[0] ^ v[1] ^ v[2] ^ v[3];
+    }
+    // The exchanges at the end need all lanes: they must have met again.
+    expect_clean(
+        ("divergence, program " + std::to_string(seed)).c_str(),
+        shared_kernel(
+            "mov.u32 %r20, %r1; mul.lo.u32 %r21, %r1, 3; xor.b32 %r22, %r1, 21; mov.u32 %r23, 7;\n" + p.text +
+            "xor.b32 %r5, %r20, %r21; xor.b32 %r6, %r22, %r23; xor.b32 %r5, %r5, %r6; shfl.sync.bfly.b32 "
+            "%r8, %r5, 1, 31, -1; shfl.sync.bfly.b32 %r5, %r8, 1, 31, -1; "
+            "st.global.u32 [%rd2], %r5;"),
+        64, want);
+  }
+}
+
+// Sums of small integers in pairs of halves: exact whatever the order.
+void paired_atomics() {
+  for (const char* type : {"f16x2", "bf16x2"})
+    for (uint64_t seed = 0; seed < 4; ++seed) {
+      const bool bf = type[0] == 'b';
+      Device d;
+      d.spec = device_spec(bf ? 90 : 80);
+      d.options.seed = seed;
+      d.options.threads = 2;
+      std::string k = shared_kernel(
+          "and.b32 %r5, %r1, 1; setp.eq.u32 %p1, %r5, 0; selp.b32 %r6, ONE, TWO, %p1; "
+          "atom.global.add.noftz.TYPE %r7, "
+          "[%rd1], %r6; red.global.add.noftz.TYPE [%rd1+4], %r6;");
+      const std::pair<std::string, std::string> words[] = {{"ONE", bf ? "0x40003f80" : "0x40003c00"},
+                                                           {"TWO", bf ? "0x3f803f80" : "0x3c003c00"},
+                                                           {"TYPE", type},
+                                                           {"TYPE", type},
+                                                           {"sm_80", bf ? "sm_90" : "sm_80"}};
+      for (const auto& [from, to] : words) k.replace(k.find(from), from.size(), to);
+      const uint64_t at = d.put(std::vector<uint32_t>(2));
+      const LaunchResult r = d.run(k, {at}, 4, 32);
+      const std::vector<uint32_t> got = d.get<uint32_t>(at, 2);
+      auto half = [&](uint32_t h) { return half_value(h & 0xffff, bf ? 8 : 5, bf ? 7 : 10); };
+      check(r.error == 0 && r.reports.empty() && got[0] == got[1] && half(got[0]) == 128 &&
+                half(got[0] >> 16) == 192,
+            std::string("atomics on ") + type);
+    }
 }
 
 void control() {
@@ -334,6 +495,8 @@ int main() {
   test_matrices();
   test_grammar();
   control();
+  torture();
+  paired_atomics();
   bugs();
   loading();
   std::printf("%d passed, %d failed\n", passed, failed);
