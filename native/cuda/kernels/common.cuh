@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "fault.h"
 
@@ -36,7 +38,7 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// N neighbours in memory, moved by one instruction: at most 16 bytes, on a multiple of their size.
+// N neighbours in global memory, moved by one instruction: 1, 2, 4, 8 or 16 bytes, on a multiple of as many.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];
@@ -47,7 +49,44 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* p) {
 }
 template <class T, int N>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T, N>& v) {
-  *reinterpret_cast<Vector<T, N>*>(p) = v;
+  // Left to itself, the compiler splits some of the wide stores.
+  if constexpr (sizeof v == 16) {
+    uint4 word;
+    memcpy(&word, &v, sizeof v);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x),
+                 "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+  } else if constexpr (sizeof v == 8) {
+    uint2 word;
+    memcpy(&word, &v, sizeof v);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x),
+                 "r"(word.y)
+                 : "memory");
+  } else {
+    *reinterpret_cast<Vector<T, N>*>(p) = v;
+  }
+}
+
+// x, rounded: two at a time where there is an instruction for it.
+template <class T, int N>
+__device__ __forceinline__ Vector<T, N> rounded(const float (&x)[N]) {
+  Vector<T, N> v;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const __half2 pair = __floats2half2_rn(x[j], x[j + 1]);
+        memcpy(&v.at[j], &pair, sizeof pair);
+      } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[j], x[j + 1]);
+        memcpy(&v.at[j], &pair, sizeof pair);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) v.at[j] = from_float<T>(x[j]);
+  }
+  return v;
 }
 
 struct Sum {

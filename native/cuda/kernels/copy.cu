@@ -28,20 +28,26 @@ __device__ __forceinline__ int64_t position_of(const Strided& s, int64_t i) {
   return s.count <= 0xffffffff ? position_of<uint32_t>(s, i) : position_of<uint64_t>(s, i);
 }
 
-template <int N, class From, class To, class Convert>
-__device__ __forceinline__ void copy(const CopyParams& p, Convert convert) {
+template <int N, class From, class To>
+__device__ __forceinline__ void copy(const CopyParams& p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCopyThreads + threadIdx.x;
   if (i >= p.at.count) return;
-  const Vector<From, N> x = load_vector<N>(static_cast<const From*>(p.x) + position_of(p.at, i));
-  Vector<To, N> out;
+  const auto x = load_vector<N>(static_cast<const From*>(p.x) + position_of(p.at, i));
+  To* to = static_cast<To*>(p.out) + i * N;
+  if constexpr (std::is_same_v<From, To>) {
+    store_vector(to, x);
+  } else {
+    float values[N];
 #pragma unroll
-  for (int j = 0; j < N; ++j) out.at[j] = convert(x.at[j]);
-  store_vector(static_cast<To*>(p.out) + i * N, out);
+    for (int j = 0; j < N; ++j) values[j] = to_float(x.at[j]);
+    store_vector(to, rounded<To>(values));
+  }
 }
 
 template <class T>
 __device__ void transpose(const TransposeParams& p) {
-  __shared__ T tile[kTransposeTile][kTransposeTile + 1];
+  // Rows an odd number of words long: no bank conflicts down a column.
+  __shared__ T tile[kTransposeTile][kTransposeTile + 4 / sizeof(T)];
   const int64_t row = static_cast<int64_t>(blockIdx.y) * kTransposeTile,
                 column = static_cast<int64_t>(blockIdx.x) * kTransposeTile;
   const int x = threadIdx.x % kTransposeTile, y = threadIdx.x / kTransposeTile;
@@ -69,10 +75,11 @@ __device__ void scale(const ScaleColumnsParams& p) {
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kScaleRows;
   const int64_t end = first + kScaleRows < p.rows ? first + kScaleRows : p.rows;
   for (int64_t row = first; row < end; ++row) {
-    Vector<T, N> v = load_vector<N>(static_cast<const T*>(p.w) + row * p.w_stride + column);
+    const auto w = load_vector<N>(static_cast<const T*>(p.w) + row * p.w_stride + column);
+    float scaled[N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) v.at[j] = from_float<T>(to_float(v.at[j]) * factor[j]);
-    store_vector(static_cast<T*>(p.out) + row * p.columns + column, v);
+    for (int j = 0; j < N; ++j) scaled[j] = to_float(w.at[j]) * factor[j];
+    store_vector(static_cast<T*>(p.out) + row * p.columns + column, rounded<T>(scaled));
   }
 }
 
@@ -81,27 +88,22 @@ __device__ void scale(const ScaleColumnsParams& p) {
 // <name>: vectors; <name>_1: elements.
 #define KERNEL(name, Params, body) \
   extern "C" __global__ void __launch_bounds__(kCopyThreads) name(const __grid_constant__ Params p) { body; }
-#define COPY(name, T, N)                                                      \
-  KERNEL(name, CopyParams, (copy<N, T, T>(p, [](T value) { return value; }))) \
-  KERNEL(name##_1, CopyParams, (copy<1, T, T>(p, [](T value) { return value; })))
-#define CAST(name, From, To, N)                                                              \
-  KERNEL(name, CopyParams,                                                                   \
-         (copy<N, From, To>(p, [](From value) { return from_float<To>(to_float(value)); }))) \
-  KERNEL(name##_1, CopyParams,                                                               \
-         (copy<1, From, To>(p, [](From value) { return from_float<To>(to_float(value)); })))
+#define COPY(name, From, To, N)                    \
+  KERNEL(name, CopyParams, (copy<N, From, To>(p))) \
+  KERNEL(name##_1, CopyParams, (copy<1, From, To>(p)))
 #define SCALE(name, T, N)                            \
   KERNEL(name, ScaleColumnsParams, (scale<T, N>(p))) \
   KERNEL(name##_1, ScaleColumnsParams, (scale<T, 1>(p)))
 
-COPY(copy_8, uint8_t, 16)
-COPY(copy_16, uint16_t, 8)
-COPY(copy_32, uint32_t, 4)
-CAST(cast_f32_bf16, float, __nv_bfloat16, 4)
-CAST(cast_f32_f16, float, __half, 4)
-CAST(cast_bf16_f32, __nv_bfloat16, float, 4)
-CAST(cast_bf16_f16, __nv_bfloat16, __half, 8)
-CAST(cast_f16_f32, __half, float, 4)
-CAST(cast_f16_bf16, __half, __nv_bfloat16, 8)
+COPY(copy_8, uint8_t, uint8_t, 16)
+COPY(copy_16, uint16_t, uint16_t, 8)
+COPY(copy_32, uint32_t, uint32_t, 4)
+COPY(cast_f32_bf16, float, __nv_bfloat16, 4)
+COPY(cast_f32_f16, float, __half, 4)
+COPY(cast_bf16_f32, __nv_bfloat16, float, 4)
+COPY(cast_bf16_f16, __nv_bfloat16, __half, 8)
+COPY(cast_f16_f32, __half, float, 4)
+COPY(cast_f16_bf16, __half, __nv_bfloat16, 8)
 KERNEL(transpose_8, TransposeParams, transpose<uint8_t>(p))
 KERNEL(transpose_16, TransposeParams, transpose<uint16_t>(p))
 KERNEL(transpose_32, TransposeParams, transpose<uint32_t>(p))

@@ -1,6 +1,6 @@
-// Row gathers: token embeddings from a plain table (packed ones: pack.cu), and the
-// splice of image rows among text rows. A block is a row; each byte is read and written once, in vectors of
-// 16 bytes of the wider type. An index out of range gives zeros and a fault.
+// Row gathers: token embeddings from a plain table (packed ones: pack.cu), and the splice of image rows among
+// text rows. A block is a row; each byte is read and written once, in vectors of 16 bytes of the wider type.
+// An index out of range gives zeros and a fault.
 #include "common.cuh"
 #include "embedding.h"
 
@@ -11,10 +11,10 @@ template <int N, class Table, class Out>
 __device__ __forceinline__ void gather_vector(const Table* from, Out* to, bool valid, float scale) {
   Vector<Table, N> x;
   if (valid) x = load_vector<N>(from);
-  Vector<Out, N> y;
+  float scaled[N];
 #pragma unroll
-  for (int j = 0; j < N; ++j) y.at[j] = from_float<Out>(valid ? scale * to_float(x.at[j]) : 0.0f);
-  store_vector(to, y);
+  for (int j = 0; j < N; ++j) scaled[j] = valid ? scale * to_float(x.at[j]) : 0.0f;
+  store_vector(to, rounded<Out>(scaled));
 }
 
 template <class Table, class Out>

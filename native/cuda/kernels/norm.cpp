@@ -1,6 +1,5 @@
 #include "norm.h"
 
-#include <algorithm>
 #include <string>
 
 #include "../../runtime/tensor.h"
@@ -22,9 +21,9 @@ void run(Queue& queue, const char* name, const View& x, const View& residual, co
                      : width <= kNormWide   ? "_wide"
                                             : "_long";
   const int64_t group = width <= kNormNarrow ? 32 : width <= kNormWide ? kNormGroup : kNormThreads;
-  // Few enough blocks that what each reads of the weights counts for little.
-  const int64_t blocks =
-      std::min<int64_t>(ceil_div(rows, kNormThreads / group), queue.info().multiprocessors);
+  // A block for each multiprocessor reads the weights seldom; no more blocks than their rounds need.
+  const int64_t at_once = kNormThreads / group, steps = ceil_div(rows, at_once);
+  const int64_t blocks = ceil_div(steps, ceil_div(steps, queue.info().multiprocessors));
   const int64_t floats = width <= kNormWide ? ceil_div(width, 8) * 8 * (bias ? 2 : 1) : 0;
   const std::string kernel = std::string(name) + dtype_name(x.dtype) + size;
   queue.launch(

@@ -27,22 +27,35 @@ struct Group {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + index()), "n"(kThreads) : "memory");
   }
 
-  // The sum over the group, in an order of its own alone, in every thread.
-  template <class Number>
-  __device__ static Number sum(Number value) {
+  // Replaces values by their sums over the group, in an order of its own alone.
+  template <class Number, int kCount>
+  __device__ static void sum(Number (&values)[kCount]) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance >>= 1)
-      value += __shfl_xor_sync(kAllLanes, value, distance);
+    for (Number& value : values)
+#pragma unroll
+      for (int distance = 16; distance > 0; distance >>= 1)
+        value += __shfl_xor_sync(kAllLanes, value, distance);
     if constexpr (kWarps > 1) {
-      __shared__ Number partial[kPerBlock][kWarps];
-      if (threadIdx.x % 32 == 0) partial[index()][thread() / 32] = value;
-      sync();
-      value = partial[index()][0];
+      __shared__ Number partial[kPerBlock][kWarps][kCount];
+      const auto& parts = partial[index()];
 #pragma unroll
-      for (int warp = 1; warp < kWarps; ++warp) value += partial[index()][warp];
+      for (int i = 0; i < kCount; ++i)
+        if (threadIdx.x % 32 == 0) partial[index()][thread() / 32][i] = values[i];
+      sync();
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        values[i] = parts[0][i];
+#pragma unroll
+        for (int warp = 1; warp < kWarps; ++warp) values[i] += parts[warp][i];
+      }
       sync();
     }
-    return value;
+  }
+  template <class Number>
+  __device__ static Number sum(Number value) {
+    Number values[] = {value};
+    sum(values);
+    return values[0];
   }
 };
 
@@ -67,9 +80,22 @@ struct Row {
   template <class Body>
   __device__ __forceinline__ void for_values(int width, Body body) {
     for_vectors(width, [&](int at, int, int left) {
+      if (left >= kWidth) {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j)
-        if (j < left) body(held[at + j]);
+        for (int j = 0; j < kWidth; ++j) body(held[at + j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j)
+          if (j < left) body(held[at + j]);
+      }
+    });
+  }
+  // The same, and for the zeros that fill the last vector.
+  template <class Body>
+  __device__ __forceinline__ void for_padded(int width, Body body) {
+    for_vectors(width, [&](int at, int, int) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) body(held[at + j]);
     });
   }
 
@@ -83,13 +109,11 @@ struct Row {
     return v;
   }
 
-  // to[j] = of(j), rounded.
-  template <class Of>
-  __device__ __forceinline__ static void write(void* rows, int64_t offset, int left, bool aligned, Of of) {
+  // The floats, rounded.
+  __device__ __forceinline__ static void write(void* rows, int64_t offset, int left, bool aligned,
+                                               const float (&x)[kWidth]) {
     T* to = static_cast<T*>(rows) + offset;
-    Vector<T, kWidth> v;
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) v.at[j] = from_float<T>(of(j));
+    const auto v = rounded<T>(x);
     if (aligned && left >= kWidth) return store_vector(to, v);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
@@ -106,39 +130,40 @@ struct Row {
     if (p.residual == nullptr) return;
     for_vectors(p.width, [&](int at, int first, int left) {
       const auto x = read(p.residual, t * p.residual_stride + first, left, p.aligned);
+      float sum[kWidth];
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) held[at + j] += to_float(x.at[j]);
-      write(p.sum, t * p.sum_stride + first, left, p.aligned, [&](int j) { return held[at + j]; });
+      for (int j = 0; j < kWidth; ++j) sum[j] = held[at + j] += to_float(x.at[j]);
+      write(p.sum, t * p.sum_stride + first, left, p.aligned, sum);
     });
   }
 
   __device__ __forceinline__ void standardize_rms(int width, float eps) {
     float square = 0.0f;
-    for_values(width, [&](float v) { square = fmaf(v, v, square); });
+    for_padded(width, [&](float v) { square = fmaf(v, v, square); });
     const float mean = Threads::sum(square) / width;
     if (!isfinite(mean)) return standardize_f64<false>(width, eps);
     const float r = 1.0f / sqrtf(mean + eps);
-    for_values(width, [&](float& v) { v *= r; });
+    for_padded(width, [&](float& v) { v *= r; });
   }
 
   __device__ __forceinline__ void standardize_layer(int width, float eps) {
     // First mean.
     float total = 0.0f;
-    for_values(width, [&](float v) { total += v; });
+    for_padded(width, [&](float v) { total += v; });
     const float shift = Threads::sum(total) / width;
 
     // Shifted moments.
-    float first = 0.0f, second = 0.0f;
+    float moments[2] = {};
     for_values(width, [&](float v) {
       const float d = v - shift;
-      first += d;
-      second = fmaf(d, d, second);
+      moments[0] += d;
+      moments[1] = fmaf(d, d, moments[1]);
     });
-    const float correction = Threads::sum(first) / width;
-    const float variance = Threads::sum(second) / width - correction * correction;
+    Threads::sum(moments);
+    const float correction = moments[0] / width, variance = moments[1] / width - correction * correction;
     if (!(variance >= 1e-8f * shift * shift) || !isfinite(variance)) return standardize_f64<true>(width, eps);
     const float r = 1.0f / sqrtf(variance + eps);
-    for_values(width, [&](float& v) { v = ((v - shift) - correction) * r; });
+    for_padded(width, [&](float& v) { v = ((v - shift) - correction) * r; });
   }
 
   // (x - mean) / sqrt(mean((x - mean)^2) + eps), about zero instead of the mean if !kCentered.
@@ -150,7 +175,7 @@ struct Row {
       mean = Threads::sum(mean) / width;
     }
     for_values(width, [&](float v) { square += (v - mean) * (v - mean); });
-    const double r = 1.0 / sqrt(Threads::sum(square) / width + eps);
+    const double r = rsqrt(Threads::sum(square) / width + eps);
     for_values(width, [&](float& v) { v = static_cast<float>((v - mean) * r); });
   }
 
@@ -184,7 +209,7 @@ struct Row {
         y[q * 4 + 2] = kBias ? fmaf(v[2], w.z, b.z) : v[2] * w.z;
         y[q * 4 + 3] = kBias ? fmaf(v[3], w.w, b.w) : v[3] * w.w;
       }
-      write(p.out, t * p.out_stride + first, left, p.aligned, [&](int j) { return y[j]; });
+      write(p.out, t * p.out_stride + first, left, p.aligned, y);
     });
   }
 };
@@ -222,7 +247,7 @@ __device__ __forceinline__ void normalize_long(const NormParams& p) {
       const double d = value(i) - mean;
       square += d * d;
     }
-    const double r = 1.0 / sqrt(block_reduce<Sum, kNormThreads>(square) / p.width + p.eps);
+    const double r = rsqrt(block_reduce<Sum, kNormThreads>(square) / p.width + p.eps);
     for (int i = threadIdx.x; i < p.width; i += kNormThreads) {
       const float v = value(i);
       if (residual) sum[i] = from_float<T>(v);
@@ -234,9 +259,9 @@ __device__ __forceinline__ void normalize_long(const NormParams& p) {
 
 }  // namespace
 
-#define KERNEL(name, ...)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(kNormThreads) name(const __grid_constant__ NormParams p) { \
-    __VA_ARGS__(p);                                                                                       \
+#define KERNEL(name, ...)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(kNormThreads, 1) name(const __grid_constant__ NormParams p) { \
+    __VA_ARGS__(p);                                                                                          \
   }
 #define NORM(name, T, kCentered)                                                       \
   KERNEL(name##_narrow, normalize<T, 32, kNormNarrow / 32, kCentered>)                 \

@@ -42,14 +42,14 @@ __device__ __forceinline__ void resize(const ResizeParams& p) {
   const Vector<T, N> low_low = at(y.low, x.low), low_high = at(y.low, x.high), high_low = at(y.high, x.low),
                      high_high = at(y.high, x.high);
   const float wx = 1.0f - x.lambda, wy = 1.0f - y.lambda;
-  Vector<T, N> out;
+  float out[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const float top = fmaf(to_float(low_high.at[j]), x.lambda, to_float(low_low.at[j]) * wx);
     const float bottom = fmaf(to_float(high_high.at[j]), x.lambda, to_float(high_low.at[j]) * wx);
-    out.at[j] = from_float<T>(fmaf(bottom, y.lambda, top * wy));
+    out[j] = fmaf(bottom, y.lambda, top * wy);
   }
-  store_vector(static_cast<T*>(p.out) + i * N, out);
+  store_vector(static_cast<T*>(p.out) + i * N, rounded<T>(out));
 }
 
 }  // namespace

@@ -22,12 +22,14 @@ void rope_and_cache(Queue& queue, const RopeAndCacheArgs& args) {
   if (half % width != 0 || qkv.strides[0] % width != 0 || start(qkv) != 0 || start(args.k_pages) != 0 ||
       start(args.v_pages) != 0)
     kernel += "_1";
-  queue.launch({"rope_and_cache", kernel.c_str()}, {args.out.shape[0]}, kRopeThreads,
+  // Enough blocks to fill the GPU; those of a long prompt take several tokens each, evenly.
+  const int64_t tokens = args.out.shape[0], room = 4 * queue.info().multiprocessors;
+  queue.launch({"rope_and_cache", kernel.c_str()}, {ceil_div(tokens, ceil_div(tokens, room))}, kRopeThreads,
                RopeParams{qkv.data, args.positions.i32(), args.slots.i32(), args.inv_freq.f32(),
-                          args.k_pages.data, args.v_pages.data, args.out.data, queue.fault(), qkv.strides[0],
-                          pages.shape[0] * pages.shape[2], static_cast<int32_t>(args.out.shape[1]),
-                          static_cast<int32_t>(pages.shape[1]), static_cast<int32_t>(half),
-                          static_cast<int32_t>(pages.shape[2])});
+                          args.k_pages.data, args.v_pages.data, args.out.data, queue.fault(), tokens,
+                          qkv.strides[0], pages.shape[0] * pages.shape[2],
+                          static_cast<int32_t>(args.out.shape[1]), static_cast<int32_t>(pages.shape[1]),
+                          static_cast<int32_t>(half), static_cast<int32_t>(pages.shape[2])});
 }
 
 }  // namespace mgm::cuda

@@ -5,7 +5,7 @@
 
 namespace mgm::cuda {
 
-constexpr int kRopeThreads = 256, kRopeMaxHalf = 256;
+constexpr int kRopeThreads = 256, kRopeMaxHalf = kRopeThreads;
 
 struct RopeParams {
   const void* qkv;  // [T, (H + 2*KV) * D]
@@ -14,7 +14,7 @@ struct RopeParams {
   void *k_pages, *v_pages;  // [pages, KV, page_size, D]
   void* out;                // [T, H, D]
   Fault* fault;
-  int64_t qkv_stride, slot_count;
+  int64_t tokens, qkv_stride, slot_count;
   int32_t heads, kv_heads, half, page_size;
 };
 

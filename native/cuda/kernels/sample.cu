@@ -127,7 +127,7 @@ __device__ __forceinline__ double sum_of(const Chunk& chunk, Term term) {
 }
 
 // True in the last of the row's blocks to arrive, which then sees what all of them wrote.
-__device__ bool arrives_last(int32_t* arrived) {
+__device__ __forceinline__ bool arrives_last(int32_t* arrived) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -140,7 +140,7 @@ __device__ bool arrives_last(int32_t* arrived) {
 }
 
 // The sum of the values of lower threads; `total` gets that of all.
-__device__ unsigned long long scan(unsigned long long value, unsigned long long* total) {
+__device__ __forceinline__ unsigned long long scan(unsigned long long value, unsigned long long* total) {
   constexpr int kWarps = kSampleThreads / 32;
   __shared__ unsigned long long warps[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -392,7 +392,7 @@ __device__ void finish(const SampleParams& p, int64_t b, int id) {
 
 // Writes this chunk's ids for which keep(quad, j) holds to p.found, in their order.
 template <class Keep>
-__device__ void collect(const SampleParams& p, int64_t b, const Chunk& chunk, Keep keep) {
+__device__ __forceinline__ void collect(const SampleParams& p, int64_t b, const Chunk& chunk, Keep keep) {
   // A count of up to 1024 for each of the quads, in 16 bits.
   static_assert(kQuads == 4 && kSampleThreads * 4 < 65536, "four counts in 64 bits");
   unsigned long long mine = 0, total;
@@ -415,7 +415,7 @@ __device__ void collect(const SampleParams& p, int64_t b, const Chunk& chunk, Ke
 }
 
 // All candidates of the row in order of their ids, with their values from `row`; how many there are.
-__device__ int gather(const SampleParams& p, int64_t b, const float* row) {
+__device__ __forceinline__ int gather(const SampleParams& p, int64_t b, const float* row) {
   __shared__ int offsets[kSampleThreads];
   const int chunks = gridDim.x;
   int32_t* ids = p.candidates + b * p.vocab;
@@ -445,7 +445,7 @@ __device__ int gather(const SampleParams& p, int64_t b, const float* row) {
 }  // namespace
 
 #define KERNEL(name) \
-  extern "C" __global__ void __launch_bounds__(kSampleThreads) name(const __grid_constant__ SampleParams p)
+  extern "C" __global__ void __launch_bounds__(kSampleThreads, 1) name(const __grid_constant__ SampleParams p)
 
 KERNEL(sample_begin) {
   const int64_t b = blockIdx.x;

@@ -1,7 +1,7 @@
 import { expect, it } from 'vitest'
 import { cast, embedding, spliceEmbeddings } from '../../../lib/ops.ts'
 import { Random } from '../../ops/helpers.ts'
-import { ACTIVATIONS, cudaTests } from '../helpers.ts'
+import { ACTIVATIONS, cudaTests, HALVES } from '../helpers.ts'
 
 cudaTests('row gathers on CUDA', cuda => {
   it.each(ACTIVATIONS)('looks tokens up for %s activations, in tables of every type', async dtype => {
@@ -20,7 +20,7 @@ cudaTests('row gathers on CUDA', cuda => {
             return parts.map(part => embedding(part, gids, { scale: 5.5, out: t.out }))
           },
         )
-      for (const stored of ['bf16'] as const)
+      for (const stored of [...HALVES, 'int8', 'int4'] as const)
         await cuda.same(
           { dtype, limit: 'exact', what: `packed ${stored}, width ${width}, seed ${random.seed}` },
           t => {
