@@ -132,5 +132,11 @@ cudaTests('sample on CUDA', cuda => {
     const t = cuda.inputs(cuda.gpu)
     const [ids] = run(t, { logits: new Float32Array(5), vocab: 5, settings, history: [Int32Array.of(2, 7)] })
     await expect(ids!.read()).rejects.toThrow(/id below 5 for a history entry of row 0 but received 7/)
+    const tooLong = sample(t.plain(new Float32Array(5), [1, 5]), {
+      options: t.plain(Float32Array.of(0, 1, 0, 1.5, 0, 0), [1, 6]),
+      state: t.plain(Int32Array.of(0, 1, 2, 0, 3), [1, 5]),
+      history: t.plain(Int32Array.of(2, 1), [1, 2]),
+    })
+    await expect(tooLong.ids.read()).rejects.toThrow(/history length up to 2 for row 0 but received 3/)
   })
 })
