@@ -34,8 +34,8 @@ void mgmEmulatorResetReports(void);
 // Counters of a launch as JSON, 0 the latest (64 are kept). Returns the full length or -1.
 int mgmEmulatorLaunch(int back, char* buffer, int size);
 
-// key: "seed", "checks", "counters", "threads", "sample", "watchdog", "mma", "order", "peers" or "fail", value as
-// in the environment. 0, or 1 where key or value is unknown. Holds from the next operation on.
+// key: "seed", "checks", "counters", "threads", "sample", "watchdog", "mma", "order", "peers" or "fail",
+// value as in the environment. 0, or 1 where key or value is unknown. Holds from the next operation on.
 int mgmEmulatorConfigure(const char* key, const char* value);
 
 // Operations enqueued in any stream and not yet carried out.
