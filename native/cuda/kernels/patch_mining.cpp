@@ -180,7 +180,7 @@ void mine_any(Queue& queue, const MiningParams& p, DType dtype, int downscale) {
     a.cells += a.y[s].cells * a.x[s].cells;
   }
   const int64_t positions = static_cast<int64_t>(a.window_y) * a.window_x;
-  a.work_bytes = 8 * (2 * a.cells + (kMiningStages + 3) * positions) +
+  a.work_bytes = 16 * ceil_div(p.channels, 4) + 8 * (2 * a.cells + (kMiningStages + 3) * positions) +
                  4 * (2 * static_cast<int64_t>(a.cells) + a.weights + a.starts);
   a.work_bytes = ceil_div(a.work_bytes, 128) * 128;
   const bool in_shared = a.work_bytes <= kMostShared;

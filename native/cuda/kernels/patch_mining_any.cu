@@ -77,8 +77,21 @@ __device__ __forceinline__ void load_eight(const T* from, int left, bool aligned
   for (int i = 0; i < 8; ++i) x[i] = i < left ? to_float(from[i]) : fill;
 }
 
+__device__ __forceinline__ void load_eight(const float* from, int left, bool aligned, float (&x)[8]) {
+  if (aligned && left >= 8) {
+    const float4 low = *reinterpret_cast<const float4*>(from),
+                 high = *reinterpret_cast<const float4*>(from + 4);
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = i < left ? from[i] : 0.0f;
+}
+
 // A block's arrays.
 struct Work {
+  float* g;  // over channels, divided by a power of two
   // Over cells: the rest of the mean that `center` leaves; g . (cell - mean), later the weight of the cell.
   double *rest, *dot;
   // Over stages and positions: interpolated mean minus the mean over all stages.
@@ -93,7 +106,8 @@ struct Work {
 __device__ Work carve(const MiningAnyParams& a, char* base) {
   const int positions = a.window_y * a.window_x;
   Work w;
-  double* d = reinterpret_cast<double*>(base);
+  w.g = reinterpret_cast<float*>(base);
+  double* d = reinterpret_cast<double*>(w.g + (a.p.channels + 3) / 4 * 4);
   w.rest = d;
   w.dot = d += a.cells;
   w.offset = d += a.cells;
@@ -142,6 +156,56 @@ __device__ __forceinline__ void for_taps(const Window& v, int y, int x, Body bod
            static_cast<double>(v.y_tap[y * v.y_taps + j]) * static_cast<double>(v.x_tap[x * v.x_taps + k]));
 }
 
+// The first cell that a position takes part in.
+template <class T>
+struct Corner {
+  const T* cell;
+  const float *center, *y_tap, *x_tap;
+  int columns;  // of `center`
+};
+
+// A warp's sum over the channels of a stage of (x - mean)^2 at one position, a part in each lane. delta: the
+// interpolated centre minus the mean. kTaps: of both axes, or 0 for any.
+template <class T, int kTaps>
+__device__ __forceinline__ float squares(const MiningStage& stage, const Window& v, const Corner<T>& corner,
+                                         float delta, bool aligned) {
+  constexpr int kKept = kTaps > 0 ? kTaps * kTaps : 1;
+  const int y_taps = kTaps > 0 ? kTaps : v.y_taps, x_taps = kTaps > 0 ? kTaps : v.x_taps;
+  const auto weight_at = [&](int j, int i) { return corner.y_tap[j] * corner.x_tap[i]; };
+  const auto center_at = [&](int j, int i) { return corner.center[j * corner.columns + i]; };
+  float weight[kKept], center[kKept];
+  if constexpr (kTaps > 0) {
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+      weight[k] = weight_at(k / kTaps, k % kTaps);
+      center[k] = center_at(k / kTaps, k % kTaps);
+    }
+  }
+  float sum = 0.0f;
+  for (int c = static_cast<int>(threadIdx.x) % 32 * 8; c < stage.channels; c += 256) {
+    float value[8], cell[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) value[k] = delta;
+    const auto add = [&](int j, int i, float w, float about) {
+      load_eight(corner.cell + j * stage.row_stride + i * stage.column_stride + c, stage.channels - c,
+                 aligned, about, cell);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) value[k] = fmaf(w, cell[k] - about, value[k]);
+    };
+    if constexpr (kTaps > 0) {
+#pragma unroll
+      for (int k = 0; k < kKept; ++k) add(k / kTaps, k % kTaps, weight[k], center[k]);
+    } else {
+      for (int j = 0; j < y_taps; ++j)
+        for (int i = 0; i < x_taps; ++i) add(j, i, weight_at(j, i), center_at(j, i));
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      if (c + k < stage.channels) sum = fmaf(value[k], value[k], sum);
+  }
+  return sum;
+}
+
 template <class T>
 __device__ void mine_any(const MiningAnyParams& a, char* base, int64_t query) {
   constexpr int kWarps = kMiningThreads / 32;
@@ -173,10 +237,12 @@ __device__ void mine_any(const MiningAnyParams& a, char* base, int64_t query) {
   for (int c = threadIdx.x; c < p.channels; c += kMiningThreads) top = fmaxf(top, fabsf(g[c]));
   const int exponent = exponent_of(block_reduce<Max, kMiningThreads>(top));
   const float factor = power_of_two(-exponent);
+  for (int c = threadIdx.x; c < p.channels; c += kMiningThreads) w.g[c] = g[c] * factor;
+  __syncthreads();
   if (warp < kMiningStages) {
     double sum = 0.0;
     for (int c = lane; c < p.stages[warp].channels; c += 32)
-      sum += static_cast<double>(g[p.stages[warp].first_channel + c] * factor);
+      sum += static_cast<double>(w.g[p.stages[warp].first_channel + c]);
     sum = warp_sum(sum);
     if (lane == 0) dot_g[warp] = sum;
   }
@@ -188,7 +254,7 @@ __device__ void mine_any(const MiningAnyParams& a, char* base, int64_t query) {
     const Window v = window_of(a, w, s);
     for (int i = warp; i < v.rows * v.columns; i += kWarps) {
       const T* cell = cells_of(stage, v.y0 + i / v.columns, v.x0 + i % v.columns);
-      float x[8], sum = 0.0f, dot = 0.0f;
+      float x[8], g_of[8], sum = 0.0f, dot = 0.0f;
       for (int c = lane * 8; c < stage.channels; c += 256) {
         load_eight(cell + c, stage.channels - c, a.aligned, 0.0f, x);
 #pragma unroll
@@ -198,11 +264,12 @@ __device__ void mine_any(const MiningAnyParams& a, char* base, int64_t query) {
       sum = 0.0f;
       for (int c = lane * 8; c < stage.channels; c += 256) {
         load_eight(cell + c, stage.channels - c, a.aligned, center, x);
+        load_eight(w.g + stage.first_channel + c, stage.channels - c, a.aligned, g_of);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
           const float d = x[k] - center;
           sum += d;
-          if (c + k < stage.channels) dot = fmaf(d, g[stage.first_channel + c + k] * factor, dot);
+          dot = fmaf(d, g_of[k], dot);
         }
       }
       const double rest = static_cast<double>(warp_sum(sum)) / stage.channels;
@@ -252,24 +319,12 @@ __device__ void mine_any(const MiningAnyParams& a, char* base, int64_t query) {
       const float delta = static_cast<float>(middle - w.mean[at]);
       const T* corner = cells_of(stage, v.y_start[y], v.x_start[x]);
       const float* center = w.center + v.first_cell + (v.y_start[y] - v.y0) * v.columns + v.x_start[x] - v.x0;
-      float sum = 0.0f;
-      for (int c = lane * 8; c < stage.channels; c += 256) {
-        float value[8], cell[8];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) value[k] = delta;
-        for (int j = 0; j < v.y_taps; ++j)
-          for (int i = 0; i < v.x_taps; ++i) {
-            const float weight = v.y_tap[y * v.y_taps + j] * v.x_tap[x * v.x_taps + i];
-            const float about = center[j * v.columns + i];
-            load_eight(corner + j * stage.row_stride + i * stage.column_stride + c, stage.channels - c,
-                       a.aligned, about, cell);
-#pragma unroll
-            for (int k = 0; k < 8; ++k) value[k] = fmaf(weight, cell[k] - about, value[k]);
-          }
-#pragma unroll
-        for (int k = 0; k < 8; ++k)
-          if (c + k < stage.channels) sum = fmaf(value[k], value[k], sum);
-      }
+      const Corner<T> at_corner = {corner, center, v.y_tap + y * v.y_taps, v.x_tap + x * v.x_taps, v.columns};
+      const int taps = v.y_taps == v.x_taps ? v.y_taps : 0;
+      const float sum = taps == 1   ? squares<T, 1>(stage, v, at_corner, delta, a.aligned)
+                        : taps == 2 ? squares<T, 2>(stage, v, at_corner, delta, a.aligned)
+                        : taps == 3 ? squares<T, 3>(stage, v, at_corner, delta, a.aligned)
+                                    : squares<T, 0>(stage, v, at_corner, delta, a.aligned);
       square += static_cast<double>(warp_sum(sum));
     }
     if (lane == 0) w.square[at] = square;
