@@ -113,14 +113,30 @@ export function parseHotLines(ptx: string): Map<string, Lines[]> {
   return hot
 }
 
-/** Families of the last build, with the PTX that its addon carries. */
-export function builtFamilies(root: string): { family: string; ptx: string }[] {
+/** PTX to look at, with the cubins that there are of it; beside each lies what ptxas said. */
+export interface Source {
+  family: string
+  ptx: string
+  cubins?: Partial<Record<Target, string>>
+}
+
+/** Families of the last build, as its addon carries them. */
+export function builtFamilies(root: string): Source[] {
   const index = join(root, 'build', 'kernels', 'images.cpp')
   if (!existsSync(index))
     throw new Error(`expected ${index}: run \`npm run build:native\` with nvcc on the PATH first`)
-  return [...readFileSync(index, 'utf8').matchAll(/mgm_image_(\w+)_ptx:\\n\.incbin \\"([^"]+)\\"/g)].map(
-    ([, family, ptx]) => ({ family: family!, ptx: ptx! }),
-  )
+  const images = [
+    ...readFileSync(index, 'utf8').matchAll(/mgm_image_(\w+)_(ptx|\d+):\\n\.incbin \\"([^"]+)\\"/g),
+  ].map(([, family, target, file]) => ({ family: family!, target: target!, file: file! }))
+  return images
+    .filter(({ target }) => target === 'ptx')
+    .map(({ family, file }) => ({
+      family,
+      ptx: file,
+      cubins: Object.fromEntries(
+        images.filter(one => one.family === family).map(one => [`sm_${one.target}`, one.file]),
+      ),
+    }))
 }
 
 /** A disassembler that takes `-hex -c`: MGM_NVDISASM, the PATH, or the one inside Triton's wheel in MGM_BENCH_PYTHON's environment. */
@@ -141,10 +157,9 @@ export async function findDisassembler(): Promise<string | undefined> {
 // The lowest .version that knows a target; the code stays the same.
 const VERSION_OF_TARGET: Partial<Record<Target, number>> = { sm_86: 7.1, sm_89: 7.8, sm_90: 7.8 }
 
-/** Assembles PTX for every target and disassembles sm_80's cubin; results are kept under the hash of the PTX. */
+/** Assembles PTX for the targets that it has no cubin of, and disassembles sm_80's; results are kept under the hash of the PTX. */
 export async function inspect(
-  family: string,
-  ptx: string,
+  { family, ptx, cubins = {} }: Source,
   options: { cache: string; disassembler: string | undefined },
 ): Promise<StaticKernel[]> {
   const text = readFileSync(ptx, 'utf8')
@@ -153,24 +168,24 @@ export async function inspect(
   const base = join(options.cache, `${family}-${hash}`)
   const usages = await Promise.all(
     TARGETS.map(async target => {
-      const cubin = `${base}.${target}.cubin`
+      const cubin = cubins[target] ?? `${base}.${target}.cubin`
       if (!existsSync(`${cubin}.txt`)) await assemble(text, target, cubin)
-      return [target, parseUsage(readFileSync(`${cubin}.txt`, 'utf8'))] as const
+      return { target, cubin, kernels: parseUsage(readFileSync(`${cubin}.txt`, 'utf8')) }
     }),
   )
   const sass = options.disassembler
-    ? parseSass((await run(options.disassembler, ['-hex', '-c', `${base}.sm_80.cubin`], BIG)).stdout)
+    ? parseSass((await run(options.disassembler, ['-hex', '-c', usages[0]!.cubin], BIG)).stdout)
     : undefined
   const bounds = parseBounds(text)
   const hotLines = parseHotLines(text)
-  return [...usages[0]![1].keys()].map(kernel => {
+  return [...usages[0]!.kernels.keys()].map(kernel => {
     const code = sass?.get(kernel)
     return {
       family,
       kernel,
       maxThreads: bounds.get(kernel),
       hotLines: hotLines.get(kernel) ?? [],
-      usage: Object.fromEntries(usages.map(([target, of]) => [target, of.get(kernel)!])),
+      usage: Object.fromEntries(usages.map(({ target, kernels }) => [target, kernels.get(kernel)!])),
       code: code && {
         instructions: code.length,
         localAccesses: localAccesses(code),

@@ -60,8 +60,7 @@ async function main(): Promise<void> {
   const inspection = { cache: join(root, 'build', 'kernels', 'inspected'), disassembler }
   console.error('compiled kernels …')
   const compiled: StaticKernel[] = []
-  for (const { family, ptx } of builtFamilies(root))
-    compiled.push(...(await inspect(family, ptx, inspection)))
+  for (const source of builtFamilies(root)) compiled.push(...(await inspect(source, inspection)))
 
   const outcomes = new Map<string, Outcome>()
   const done = (outcome: Outcome) => {
@@ -76,7 +75,7 @@ async function main(): Promise<void> {
   for (const { name, op, bytes, tensorFlops, ptx } of index.cases) {
     if (words && !cases.some(one => one.op === op || one.peers?.includes(name))) continue
     console.error(`Triton's ${name} …`)
-    const [kernel] = await inspect(name, join(PEERS, ptx), inspection)
+    const [kernel] = await inspect({ family: name, ptx: join(PEERS, ptx) }, inspection)
     const launch = emulateForeign(PEERS, name, sample)
     peers.push({
       name,
