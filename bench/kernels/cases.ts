@@ -16,7 +16,7 @@ export interface KernelCase {
   op: ops.OpName
   name: string
   work: Work
-  /** Runs on a sample of the grid. Otherwise whole: later kernels follow what earlier ones wrote. */
+  /** A sample of the grid stands for all of it. Otherwise blocks differ, or later kernels follow what earlier ones wrote. */
   sampled: boolean
   /** The operation of one kernel of Triton's that stands beside this one, as tools/triton_kernels.py names it. */
   peers?: readonly string[]
@@ -187,7 +187,7 @@ function attention(
       ]),
       tensorFlops: 4 * pairs * heads * d,
     },
-    sampled: true,
+    sampled: false,
     peers,
     torch: { kind: 'attention', tokens, heads, kvHeads, d, causal },
     prepare(make) {
@@ -221,7 +221,7 @@ function paged(
       ]),
       tensorFlops: 4 * pairs * heads * d,
     },
-    sampled: true,
+    sampled: false,
     prepare(make) {
       const blocks = context / PAGE
       const q = make.a([batch * tokens, heads, d])
@@ -311,7 +311,7 @@ function mining(): KernelCase {
       bytes: bytes([...stages, [grid * grid, channels]]) + 4 * grid * grid * (channels + 1),
       tensorFlops: 0,
     },
-    sampled: true,
+    sampled: false,
     prepare(make) {
       const g = make.f32([grid * grid, channels + 1])
       const maps = stages.map(shape => make.a(shape))
@@ -375,7 +375,7 @@ function mixtral(tokens: number): KernelCase {
       ]),
       tensorFlops: 2 * tokens * k * 2 * intermediate * hidden,
     },
-    sampled: true,
+    sampled: false,
     prepare(make) {
       const x = make.a([tokens, hidden])
       // One matrix stands for all experts: what is counted is the same, and it fits in memory.

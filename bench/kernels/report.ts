@@ -352,8 +352,8 @@ ${caseTable(report)}
 - _FLOP / least_: tensor core work over that of the formula; above 1 is padding, below 1 sums that the formula counts and the kernel saves.
 - _M instr._: millions of warp instructions.
 
-Grids of more than ${report.sample} blocks ran as a sample of ${report.sample}, spread over the grid, and their counts are scaled; where later kernels follow what
-earlier ones wrote, whole.
+Grids of more than ${report.sample} blocks ran as a sample of ${report.sample}, spread over the grid, and their counts are scaled: expect a few percent of
+error. Attention, mining, mixtures of experts and sampling, whose blocks differ, ran whole.
 
 ## Roofline: an ESTIMATE
 
