@@ -374,10 +374,7 @@ void copy_async(Warp& w, const Inst& in, uint32_t m) {
     if ((to[i] & kWindowMask) == kSharedWindow) to[i] -= kSharedWindow;
     from[i] = w.value(in, 1, i) + static_cast<uint64_t>(in.target);
   });
-  if (w.block->launch->options.counters) {
-    w.count_access(in, Space::global, m, from, in.bytes);
-    w.count_access(in, Space::shared, m, to, in.bytes);
-  }
+  uint32_t reading = 0;
   each_lane(m, [&](int i) {
     if (to[i] & (in.bytes - 1u))
       w.fail(in, i, ReportKind::misaligned, 716,
@@ -395,13 +392,20 @@ void copy_async(Warp& w, const Inst& in, uint32_t m) {
     std::byte* d = w.at_shared(in, i, to[i], in.bytes, 2);
     c.shared[i] = static_cast<uint32_t>(to[i]);
     c.source[i] = n ? w.at_global(in, i, from[i], n, 1) : nullptr;
-    if (!n) c.source[i] = d;  // nothing is read
+    if (n)
+      reading |= 1u << i;
+    else
+      c.source[i] = d;  // nothing is read
     c.source_bytes[i] = static_cast<uint8_t>(n);
     c.group[i] = w.group_now[i];
     c.pending |= 1u << i;
     std::memset(d, 0xff, in.bytes);
     if (!w.clock.empty()) std::memset(&w.block->shared_init[to[i]], 2, in.bytes);
   });
+  if (w.block->launch->options.counters) {
+    w.count_access(in, Space::global, reading, from, in.bytes);
+    w.count_access(in, Space::shared, m, to, in.bytes);
+  }
   w.copies.push_back(c);
 }
 void commit_group(Warp& w, const Inst&, uint32_t m) {
