@@ -55,13 +55,22 @@ MGM_ANYWHERE int index_of(int k) {
 }
 
 // A block computes an m x n tile of x W^T with warps_m x warps_n warps; slices of kBlockK columns stream
-// through `stages` buffers. kFew: a warp by itself multiplies up to 16 rows of x with two panels.
+// through `stages` buffers. Launchers choose among kLarge, kSmall and kThin; quantized weights take the same
+// tiles cut into warps as tall as the tile, so that each weight is unpacked once a tile. kFew: a warp by
+// itself multiplies up to 16 rows of x with two panels.
 struct Tile {
   int m, n, warps_m, warps_n, stages;
 };
-enum TileName { kLarge, kSmall, kThin, kFew, kTileNames };
-constexpr Tile kTiles[kTileNames] = {
-    {128, 128, 2, 2, 3}, {64, 64, 2, 2, 6}, {64, 32, 2, 2, 8}, {16, 16, 1, 1, 8}};
+enum TileName { kLarge, kSmall, kThin, kFew, kTallLarge, kTallSmall, kTallThin, kTileNames };
+constexpr Tile kTiles[kTileNames] = {{128, 128, 2, 2, 3}, {64, 64, 2, 2, 6},   {64, 32, 2, 2, 8},
+                                     {16, 16, 1, 1, 8},   {128, 128, 1, 4, 3}, {64, 64, 1, 4, 6},
+                                     {64, 32, 1, 4, 8}};
+MGM_ANYWHERE TileName shaped_for(WeightType type, TileName name) {
+  return type == WeightType::half ? name
+         : name == kLarge         ? kTallLarge
+         : name == kSmall         ? kTallSmall
+                                  : kTallThin;
+}
 
 MGM_ANYWHERE int threads_of(TileName name) {
   return kTiles[name].warps_m * kTiles[name].warps_n * 32;
@@ -71,7 +80,7 @@ MGM_ANYWHERE int slice_bytes(TileName name, WeightType type) {
 }
 // The result's tile goes through the same memory, in two parts if it is large.
 MGM_ANYWHERE int parts_of(TileName name) {
-  return name == kLarge ? 2 : 1;
+  return kTiles[name].m == 128 ? 2 : 1;
 }
 MGM_ANYWHERE int tile_shared_bytes(TileName name, WeightType type) {
   const int slices = kTiles[name].stages * slice_bytes(name, type);

@@ -154,10 +154,10 @@ extern "C" __global__ void __launch_bounds__(kGroupThreads)
       name(const __grid_constant__ GroupedParams p) {                    \
     multiply_group<T, weights, tile>(p);                                 \
   }
-#define MULTIPLY(name, T, weights)                   \
-  MULTIPLY_TILE(name##_large, T, weights, kLarge, 2) \
-  MULTIPLY_TILE(name##_small, T, weights, kSmall, 4) \
-  MULTIPLY_TILE(name##_thin, T, weights, kThin, 4)
+#define MULTIPLY(name, T, weights)                                          \
+  MULTIPLY_TILE(name##_large, T, weights, (shaped_for(weights, kLarge)), 2) \
+  MULTIPLY_TILE(name##_small, T, weights, (shaped_for(weights, kSmall)), 4) \
+  MULTIPLY_TILE(name##_thin, T, weights, (shaped_for(weights, kThin)), 4)
 MULTIPLY(grouped_bf16, __nv_bfloat16, WeightType::half)
 MULTIPLY(grouped_bf16_int8, __nv_bfloat16, WeightType::int8)
 MULTIPLY(grouped_bf16_int4, __nv_bfloat16, WeightType::int4)

@@ -7,7 +7,7 @@ namespace mgm::cuda {
 namespace {
 
 // [f16 activations][weights][tile]
-constexpr const char* kKernels[2][3][kTileNames] = {
+constexpr const char* kKernels[2][3][kFew + 1] = {
     {{"linear_bf16_large", "linear_bf16_small", "linear_bf16_thin", "linear_bf16_few"},
      {"linear_bf16_int8_large", "linear_bf16_int8_small", "linear_bf16_int8_thin", "linear_bf16_int8_few"},
      {"linear_bf16_int4_large", "linear_bf16_int4_small", "linear_bf16_int4_thin", "linear_bf16_int4_few"}},
@@ -33,6 +33,10 @@ void linear(Queue& queue, const LinearArgs& args) {
   const View x = aligned_rows(queue, args.x, copy);
   const int64_t m = x.shape[0], n = args.w.shape[0];
   const WeightType type = weight_type_of(args.w);
+  // Tiles run by columns or rows of tiles so that the larger operand is read once, and the smaller stays in
+  // L2.
+  const bool rows_first =
+      x.numel() * 2 <= static_cast<int64_t>(packed_bytes(args.w.dtype, args.w.layout, n, x.shape[1]));
   const LinearParams params{
       x.data,
       args.w.u8(),
@@ -41,6 +45,7 @@ void linear(Queue& queue, const LinearArgs& args) {
       static_cast<int32_t>(x.shape[1]),
       static_cast<int32_t>(panels_of(n, args.w.layout == Layout::gated_panels)),
       static_cast<int32_t>(blocks_of(x.shape[1])),
+      rows_first,
       epilogue_of(args.w, args.bias, args.scale, args.residual, args.activation, args.out)};
   const TileName tile = tile_for(m, n, queue.info().multiprocessors, true);
   const cuda::Kernel kernel{"linear", kKernels[x.dtype == DType::f16][static_cast<int>(type)][tile]};
@@ -52,8 +57,10 @@ void linear(Queue& queue, const LinearArgs& args) {
     queue.launch(kernel, {ceil_div(groups, warps)}, warps * 32, params,
                  static_cast<size_t>(few_shared_bytes(type, params.m, params.k, warps)));
   } else {
-    queue.launch(kernel, {ceil_div(m, kTiles[tile].m), ceil_div(params.panels, kTiles[tile].n / kPanelRows)},
-                 threads_of(tile), params, static_cast<size_t>(tile_shared_bytes(tile, type)));
+    const int64_t rows = ceil_div(m, kTiles[tile].m),
+                  columns = ceil_div(params.panels, kTiles[tile].n / kPanelRows);
+    queue.launch(kernel, rows_first ? Grid{rows, columns} : Grid{columns, rows}, threads_of(tile), params,
+                 static_cast<size_t>(tile_shared_bytes(tile, type)));
   }
 }
 

@@ -19,13 +19,15 @@ extern __shared__ __align__(128) unsigned char shared[];
 template <class T, WeightType kWeights, TileName kTile>
 __device__ __forceinline__ void multiply_tile(const LinearParams& p) {
   constexpr int kPanels = kTiles[kTile].n / kPanelRows;
-  const int first_row = blockIdx.x * kTiles[kTile].m, first_panel = blockIdx.y * kPanels;
+  const int row_tile = p.rows_first ? blockIdx.x : blockIdx.y,
+            column_tile = p.rows_first ? blockIdx.y : blockIdx.x;
+  const int first_row = row_tile * kTiles[kTile].m, first_panel = column_tile * kPanels;
   StridedRows<kTile> x(p.x, p.x_stride, first_row, p.m, p.k);
   PanelBlocks<kTile, kWeights> w(p.w, first_panel, p.panels, p.blocks);
   Accumulators<kTile> sums;
   multiply<T, kWeights, kTile>(sums, x, w, p.blocks, shared_address(shared));
   finish<T, kTile>(p.epilogue, sums, reinterpret_cast<float*>(shared),
-                   first_output<kTile>(p.epilogue, blockIdx.y),
+                   first_output<kTile>(p.epilogue, column_tile),
                    [&](int row) { return first_row + row < p.m ? first_row + row : -1; });
 }
 
@@ -162,13 +164,13 @@ __device__ __forceinline__ void multiply_few(const LinearParams& p) {
       name(const __grid_constant__ LinearParams p) {                     \
     multiply_tile<T, weights, tile>(p);                                  \
   }
-#define MULTIPLY(name, T, weights)                                 \
-  MULTIPLY_TILE(name##_large, T, weights, kLarge, 2)               \
-  MULTIPLY_TILE(name##_small, T, weights, kSmall, 4)               \
-  MULTIPLY_TILE(name##_thin, T, weights, kThin, 4)                 \
-  extern "C" __global__ void __launch_bounds__(kFewMostWarps * 32) \
-      name##_few(const __grid_constant__ LinearParams p) {         \
-    multiply_few<T, weights>(p);                                   \
+#define MULTIPLY(name, T, weights)                                          \
+  MULTIPLY_TILE(name##_large, T, weights, (shaped_for(weights, kLarge)), 2) \
+  MULTIPLY_TILE(name##_small, T, weights, (shaped_for(weights, kSmall)), 4) \
+  MULTIPLY_TILE(name##_thin, T, weights, (shaped_for(weights, kThin)), 4)   \
+  extern "C" __global__ void __launch_bounds__(kFewMostWarps * 32)          \
+      name##_few(const __grid_constant__ LinearParams p) {                  \
+    multiply_few<T, weights>(p);                                            \
   }
 MULTIPLY(linear_bf16, __nv_bfloat16, WeightType::half)
 MULTIPLY(linear_bf16_int8, __nv_bfloat16, WeightType::int8)

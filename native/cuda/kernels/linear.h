@@ -11,6 +11,7 @@ struct LinearParams {
   int64_t x_stride;
   int32_t m, k;  // k: a multiple of 8
   int32_t panels, blocks;
+  bool rows_first;  // tiles that follow one another share their panels, not their rows
   Epilogue epilogue;
 };
 
