@@ -14,14 +14,43 @@ bool aligned(const View& x, size_t bytes) {
   return reinterpret_cast<uintptr_t>(x.data) % bytes == 0;
 }
 
-// Whether the tiled kernels cover it. MGM_CUDA_TILE=plain: they do not, for tests; the results are the same.
-bool tiled(const DepthwiseConvNormArgs& args) {
+// MGM_CUDA_TILE, for tests: "plain" refuses tiles, "large" takes the largest. The results are the same.
+bool asked_for(std::string_view tile) {
   const char* asked = std::getenv("MGM_CUDA_TILE");
+  return asked && asked == tile;
+}
+
+// Whether the tiled kernels cover it.
+bool tiled(const DepthwiseConvNormArgs& args) {
   const int64_t channels = args.x.shape[3];
   return args.w.shape[0] == kDepthwiseTaps && args.w.shape[1] == kDepthwiseTaps && channels % 8 == 0 &&
          depthwise_chunks(channels) <= 2 && aligned(args.x, 16) && aligned(args.w, 8) &&
          aligned(args.bias, 8) && aligned(args.norm_weight, 8) && aligned(args.norm_bias, 8) &&
-         !(asked && std::string_view(asked) == "plain");
+         !asked_for("plain");
+}
+
+struct Tiling {
+  int64_t rows, strips, x, y;  // of a block; blocks of an image
+};
+
+// The largest tiles of which there are more than half as many as multiprocessors: with fewer, halving a tile
+// halves the time. Strips are of one number in every block of a row.
+Tiling tiling_of(const View& x, int multiprocessors) {
+  const int64_t batch = x.shape[0], height = x.shape[1], channels = x.shape[3];
+  const int64_t wide = ceil_div(x.shape[2], kStrip);
+  int64_t rows = depthwise_chunks(channels) == 1 ? 2 : 1,
+          most = kDepthwiseThreads / (depthwise_chunk(channels) / 2);
+  for (;;) {
+    const int64_t tiles = ceil_div(wide, most);
+    const Tiling tiling{rows, ceil_div(wide, tiles), tiles, ceil_div(height, rows)};
+    if (asked_for("large") || 2 * batch * tiling.x * tiling.y > multiprocessors) return tiling;
+    if (tiling.strips > 1)
+      most = tiling.strips / 2;
+    else if (rows > 1)
+      rows = 1;
+    else
+      return tiling;
+  }
 }
 
 }  // namespace
@@ -57,22 +86,21 @@ void depthwise_conv_norm(Queue& queue, const DepthwiseConvNormArgs& args) {
     return;
   }
 
-  // As many strips as threads allow, of the same number in every tile of a row.
-  const bool two_rows = depthwise_chunks(channels) == 1;
-  const int64_t strips_wide = ceil_div(width, kStrip), most = kDepthwiseThreads / (chunk / 2);
-  const int64_t tiles_x = ceil_div(strips_wide, most), strips = ceil_div(strips_wide, tiles_x);
-  const int64_t tiles_y = ceil_div(height, two_rows ? 2 : 1);
-  p.strips = static_cast<int32_t>(strips);
-  p.tiles_x = static_cast<int32_t>(tiles_x);
-  p.tiles_y = static_cast<int32_t>(tiles_y);
-  const int64_t copy = 4 * strips * channels, row = width * channels;
+  const Tiling tiling = tiling_of(args.x, queue.info().multiprocessors);
+  p.strips = static_cast<int32_t>(tiling.strips);
+  p.tiles_x = static_cast<int32_t>(tiling.x);
+  p.tiles_y = static_cast<int32_t>(tiling.y);
+  const int64_t copy = 4 * tiling.strips * channels, row = width * channels;
   p.copy_step = 2 * copy;
   p.row_step = 2 * (row - 4 * copy);
   p.chunk_step = 2 * (chunk - kDepthwiseTaps * row);
-  const char* kernel = two_rows ? (bf16 ? "depthwise_two_rows_bf16" : "depthwise_two_rows_f16")
-                                : (bf16 ? "depthwise_two_chunks_bf16" : "depthwise_two_chunks_f16");
-  queue.launch({"depthwise_conv_norm", kernel}, {tiles_x * tiles_y * batch},
-               static_cast<int>(strips * chunk / 2), p, static_cast<size_t>(depthwise_shared(strips, chunk)));
+  const char* kernel = depthwise_chunks(channels) == 2
+                           ? (bf16 ? "depthwise_two_chunks_bf16" : "depthwise_two_chunks_f16")
+                       : tiling.rows == 2 ? (bf16 ? "depthwise_two_rows_bf16" : "depthwise_two_rows_f16")
+                                          : (bf16 ? "depthwise_one_row_bf16" : "depthwise_one_row_f16");
+  queue.launch({"depthwise_conv_norm", kernel}, {batch * tiling.x * tiling.y},
+               static_cast<int>(tiling.strips * chunk / 2), p,
+               static_cast<size_t>(depthwise_shared(tiling.strips, chunk)));
 }
 
 }  // namespace mgm::cuda

@@ -5,14 +5,16 @@
 // LayerNorm needs all channels of a pixel at once and f32 values of a useful tile fit only one place, the
 // registers. So a block makes 2 rows of `strips` times 8 columns for all channels, and a thread 2 x 8 outputs
 // of two neighbouring channels. The 8 input rows stream through shared memory, one ahead of the arithmetic; a
-// thread reads each value it needs once for both output rows and keeps two rows of the kernel's weights
-// (112 products for 7 loads of weights and 14 of inputs, twice). Lanes are neighbouring channel pairs: no
-// bank conflicts. Above 1536 channels a thread does two pairs of channels one after the other, for one output
-// row.
+// thread reads each value it needs once for both output rows and keeps two rows of the kernel's weights (112
+// products for 7 loads of weights and 14 of inputs, twice). Lanes are neighbouring channel pairs: no bank
+// conflicts. Above 1536 channels a thread does two pairs of channels one after the other, for one output row;
+// where two rows a block would leave multiprocessors idle, it makes one.
 //
-// Bytes from L2, an output: inputs 8 (8 s + 6) / (16 s) * 2 and weights 196 / (16 s), with s strips a block:
-// 10 bytes at C = 192 (s = 8), 17 at 768 (s = 2), 26 at 1536 (s = 1). More rows a block would halve that
-// where channels are few, but the wide stages, where ConvNeXt spends its time, have no registers for them.
+// Bytes from L2, an output: inputs 8 (8 s + 6) / (8 s) and weights 196 / (16 s), with s strips a block: 10
+// bytes at C = 192 (s = 8), 17 at 768 (s = 2), 26 at 1536 (s = 1). The strips of a block read the same
+// weights, all but the first from L1: counted as warps ask for them, outputs and norms included, it is 24, 26
+// and 29. More rows a block would halve the inputs where channels are few, but the wide stages, where
+// ConvNeXt spends its time, have no registers for them.
 //
 // Means and variances are two-pass over the values in registers. Sums run over the channel pairs of a lane,
 // then lanes, then warps in order; depthwise_any, the plain kernel for the sizes that the tiles do not cover,
@@ -302,6 +304,7 @@ __device__ void any(const DepthwiseParams& p) {
   }
 #define DEPTHWISE_OF(type, T)                                                \
   DEPTHWISE(depthwise_two_rows_##type, (tile<T, 2, 1>), kDepthwiseThreads)   \
+  DEPTHWISE(depthwise_one_row_##type, (tile<T, 1, 1>), kDepthwiseThreads)    \
   DEPTHWISE(depthwise_two_chunks_##type, (tile<T, 1, 2>), kDepthwiseThreads) \
   DEPTHWISE(depthwise_any_##type, any<T>, kDepthwiseAnyThreads)
 DEPTHWISE_OF(bf16, __nv_bfloat16)

@@ -14,7 +14,8 @@ constexpr int64_t depthwise_chunk(int64_t channels) {
   return (even + kWarpChannels - 1) / kWarpChannels * kWarpChannels;
 }
 
-// The tiled kernels: 7x7, channels a multiple of 8 in one chunk (two output rows a block) or two (one row).
+// The tiled kernels: 7x7, channels a multiple of 8 in one chunk (two output rows a block, or one)
+// or two (one row).
 constexpr int kDepthwiseTaps = 7, kDepthwiseThreads = kChunkChannels / 2;
 constexpr int kStrip = 8;  // output columns of a thread
 constexpr int64_t depthwise_columns(int64_t strips) {

@@ -39,9 +39,9 @@ function run(t: Inputs, data: Data, x = t.a(data.x, data.shape)) {
   })
 }
 
-/** The same by the kernel that has no tiles. */
-function plainly<T>(body: () => T): T {
-  process.env.MGM_CUDA_TILE = 'plain'
+/** By the largest tiles, or by the kernel that has none. */
+function withTile<T>(tile: 'large' | 'plain', body: () => T): T {
+  process.env.MGM_CUDA_TILE = tile
   try {
     return body()
   } finally {
@@ -77,7 +77,12 @@ cudaTests('depthwiseConvNorm on the GPU', cuda => {
       const random = new Random()
       for (const dtype of HALVES) {
         const data = draw(c, random)
-        await cuda.same({ dtype, limit, what: `seed ${random.seed}` }, t => run(t, data))
+        const what = `seed ${random.seed}`
+        await cuda.same({ dtype, limit, what }, t => run(t, data))
+        if (c.shape[3] % 8 === 0)
+          await cuda.same({ dtype, limit, what: `large, ${what}` }, t =>
+            withTile('large', () => run(t, data)),
+          )
       }
     })
 
@@ -90,7 +95,7 @@ cudaTests('depthwiseConvNorm on the GPU', cuda => {
       }
       const data = draw(c, random)
       const what = `[${c.shape}], seed ${random.seed}`
-      await cuda.same({ dtype: HALVES[i % 2]!, limit, what }, t => run(t, data))
+      await cuda.same({ dtype: HALVES[i % 2]!, limit, what }, t => withTile('large', () => run(t, data)))
     }
   })
 
@@ -98,12 +103,13 @@ cudaTests('depthwiseConvNorm on the GPU', cuda => {
     [2, 5, 21, 40],
     [1, 3, 10, 200],
     [1, 1, 9, 1544],
-  ])('gives a pixel of [%i, %i, %i, %i] the same bits with and without tiles', async (...shape) => {
+  ])('gives a pixel of [%i, %i, %i, %i] the same bits in every tile and without', async (...shape) => {
     const random = new Random()
     const data = draw({ shape: shape as Case['shape'], kernel: [7, 7] }, random)
     const t = cuda.inputs(cuda.gpu, 'bf16')
-    const plain = await floats(plainly(() => run(t, data)))
+    const plain = await floats(withTile('plain', () => run(t, data)))
     expect(await floats(run(t, data)), `seed ${random.seed}`).toEqual(plain)
+    expect(await floats(withTile('large', () => run(t, data))), `seed ${random.seed}`).toEqual(plain)
   })
 
   it('gives a picture the same bits whatever shares the call', async () => {
