@@ -1,10 +1,11 @@
 import { join } from 'node:path'
 import { describe, expect, it } from 'vitest'
 import { openCheckpoint } from '../../lib/checkpoint/weights.ts'
+import type { Device } from '../../lib/device.ts'
 import { type LoadOptions, MiniGemini } from '../../lib/index.ts'
 import { MgmModel } from '../../lib/models/mgm.ts'
 import { native } from '../../lib/native.ts'
-import { cases, messagesOf } from '../e2e/cases.ts'
+import { cases, messagesOf, vicuna } from '../e2e/cases.ts'
 import { readSafetensors, toNhwc } from '../helpers/safetensors.ts'
 import { argmax, greedy, upload } from '../models/support.ts'
 import { expectClose } from '../ops/helpers.ts'
@@ -115,4 +116,36 @@ cudaTests('the goldens on a GPU', cuda => {
       )
     })
   })
+
+  it.each(['int8', 'int4'] as const)(
+    '%s weights give the logits of the CPU',
+    { timeout: 300_000 },
+    async quantize => {
+      const some = vicuna.samples.slice(0, 3)
+      const files = some.map(({ name }) =>
+        readSafetensors(join(vicuna.root, 'tensors', `sample_${name}.safetensors`)),
+      )
+      const vocabSize = files[0]!.get('prefill_logits_last')!.shape.at(-1)!
+      const run = async (device: Device, dtype?: 'f16') => {
+        const model = await MgmModel.load(device, openCheckpoint(vicuna.folder), {
+          vocabSize,
+          dtype,
+          quantize,
+        })
+        const prompts = files.map(numbers => numbers.get('inputs_embeds')!.data as Float32Array)
+        const results = await greedy(model, prompts, 6, { forced: some.map(sample => sample.generated_ids) })
+        const { byteLength } = model
+        model.dispose()
+        return { byteLength, logits: results.map(result => result.logits) }
+      }
+      const [expected, actual] = [await run(cuda.cpu), await run(cuda.gpu, 'f16')]
+      expect(actual.byteLength / expected.byteLength).toBeLessThan(1)
+      for (const [s, steps] of actual.logits.entries())
+        for (const [step, row] of steps.entries()) {
+          const reference = expected.logits[s]![step]!
+          const limit = { absolute: LOGITS.worst * U.f16 * largest(reference) }
+          expectClose(row, reference, limit, `${some[s]!.name}, step ${step}`)
+        }
+    },
+  )
 })

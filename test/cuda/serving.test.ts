@@ -85,21 +85,4 @@ describe.skipIf(library === null)('serving from a GPU', { timeout: 300_000 }, ()
     expect(await rejection(load({ dtype: 'f32' }))).toMatchObject({ code: 'UNSUPPORTED' })
     expect(await rejection(load({ kvDtype: 'f32' }))).toMatchObject({ code: 'UNSUPPORTED' })
   })
-
-  it.each(['int8', 'int4'] as const)('answers with %s weights as the CPU does', async quantize => {
-    const cpu = await load({ device: 'cpu', threads: 1, quantize })
-    const expected = (await cpu.chat(request)).tokens
-    await cpu.close()
-    const mgm = await load({ quantize })
-    expect((await mgm.chat(request)).tokens).toEqual(expected)
-    expect(mgm.info.weightBytes).toBeLessThan((await openedBytes()) * 0.8)
-    await mgm.close()
-  })
 })
-
-async function openedBytes(): Promise<number> {
-  const mgm = await load()
-  const { weightBytes } = mgm.info
-  await mgm.close()
-  return weightBytes
-}
