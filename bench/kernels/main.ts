@@ -56,6 +56,8 @@ async function main(): Promise<void> {
 
   buildEmulator()
   const disassembler = await findDisassembler()
+  if (!disassembler && values['write-docs'])
+    throw new Error('expected nvdisasm for --write-docs: set MGM_NVDISASM')
   if (!disassembler) console.error('no nvdisasm: the columns of the inner loops stay empty')
   const inspection = { cache: join(root, 'build', 'kernels', 'inspected'), disassembler }
   console.error('compiled kernels …')
