@@ -14,11 +14,11 @@ void attention(Queue& queue, const AttentionArgs& args) {
   const Heads q = whole_pieces(queue, args.q, args.scale < 0.0f);
   const Heads k = whole_pieces(queue, args.k), v = whole_pieces(queue, args.v);
   const AttentionParams params{flash_params(queue, q, args.q, args.cu_q, kv_heads, args.scale, args.out),
-                               k.data,
-                               v.data,
+                               reinterpret_cast<const char*>(k.data),
+                               reinterpret_cast<const char*>(v.data),
                                args.cu_k.i32(),
-                               k.stride,
-                               v.stride,
+                               k.stride * 2,
+                               v.stride * 2,
                                static_cast<int32_t>(args.k.shape[0]),
                                args.causal};
   const FlashTile tile = attention_tile(

@@ -40,48 +40,33 @@ __device__ __forceinline__ void attend(const AttentionParams& params) {
       !is_within(k_begin, keys, params.total_keys))
     return;
 
-  const uint32_t queries_at = shared_address(memory), stages_at = queries_at + Rows::kRows * Rows::kRowBytes;
-  Rows rows(p, block, kv_head, keys, params.causal, queries_at);
-  const uint16_t* k = params.k + int64_t{k_begin} * params.k_stride + kv_head * p.head_stride;
-  const uint16_t* v = params.v + int64_t{k_begin} * params.v_stride + kv_head * p.head_stride;
+  Rows rows(p, block, kv_head, keys, params.causal, shared_address(memory));
+  const int seen = rows.seen_by_any(), tiles = (seen + Rows::kKeys - 1) / Rows::kKeys;
+  const int64_t head = int64_t{kv_head} * p.head_stride * 2;
+  const char* k = params.k + int64_t{k_begin} * params.k_stride + head;
+  const char* v = params.v + int64_t{k_begin} * params.v_stride + head;
+  // Zeros behind the last.
   const auto copy_tile = [&](int tile) {
-    const uint32_t to = stages_at + tile % 2 * Rows::kStageBytes;
     const int key = tile * Rows::kKeys;
-    copy_rows<Rows::kD, Rows::kKeys, Rows::kThreads>(to, p.d, [&](int row) {
-      return RowSource{k + int64_t{key + row} * params.k_stride, key + row < keys};
+    copy_rows<Rows::kD, Rows::kKeys, Rows::kThreads>(rows.next_at, p.d, [&](int row) {
+      return RowSource{k + int64_t{key + row} * params.k_stride, key + row < seen};
     });
-    copy_rows<Rows::kD, Rows::kKeys, Rows::kThreads>(to + Rows::kStageBytes / 2, p.d, [&](int row) {
-      return RowSource{v + int64_t{key + row} * params.v_stride, key + row < keys};
+    copy_rows<Rows::kD, Rows::kKeys, Rows::kThreads>(rows.next_at + Rows::kStageBytes / 2, p.d, [&](int row) {
+      return RowSource{v + int64_t{key + row} * params.v_stride, key + row < seen};
     });
     commit_copies();
   };
 
   typename Rows::State state;
-  state.reset();
-  const int tiles = (rows.seen_by_any() + Rows::kKeys - 1) / Rows::kKeys;
-  const int full_tiles = rows.seen_by_all() / Rows::kKeys;
   if (tiles > 0) {
-    rows.copy_queries();
-    commit_copies();
+    rows.copy_queries(shared_address(memory));
     copy_tile(0);
-    wait_copies<1>();
+    wait_copies<0>();
     __syncthreads();
     rows.hold_queries();
+    rows.next_at += Rows::kStageBytes;
   }
-  // In the step of a tile it has arrived, and everyone is done with the one before it.
-  int tile = 0;
-  for (; tile < full_tiles; ++tile) {
-    wait_copies<0>();
-    __syncthreads();
-    if (tile + 1 < tiles) copy_tile(tile + 1);
-    rows.template attend<false>(state, stages_at + tile % 2 * Rows::kStageBytes, tile * Rows::kKeys);
-  }
-  for (; tile < tiles; ++tile) {
-    wait_copies<0>();
-    __syncthreads();
-    if (tile + 1 < tiles) copy_tile(tile + 1);
-    rows.template attend<true>(state, stages_at + tile % 2 * Rows::kStageBytes, tile * Rows::kKeys);
-  }
+  rows.attend_all(state, 0, rows.seen_by_all() / Rows::kKeys, tiles, copy_tile, copy_tile);
   state.sum_lanes();
   rows.store(state, memory);
 }
@@ -98,14 +83,14 @@ __device__ __forceinline__ void pack(const PackHeadsParams& p) {
 
 }  // namespace
 
-#define MGM_ATTENTION(d)                                                    \
-  extern "C" __global__ void __launch_bounds__(attention_tile(d).threads()) \
-      attention_bf16_##d(const __grid_constant__ AttentionParams p) {       \
-    attend<__nv_bfloat16, d>(p);                                            \
-  }                                                                         \
-  extern "C" __global__ void __launch_bounds__(attention_tile(d).threads()) \
-      attention_f16_##d(const __grid_constant__ AttentionParams p) {        \
-    attend<__half, d>(p);                                                   \
+#define MGM_ATTENTION(d)                                                       \
+  extern "C" __global__ void __launch_bounds__(attention_tile(d).threads(), 1) \
+      attention_bf16_##d(const __grid_constant__ AttentionParams p) {          \
+    attend<__nv_bfloat16, d>(p);                                               \
+  }                                                                            \
+  extern "C" __global__ void __launch_bounds__(attention_tile(d).threads(), 1) \
+      attention_f16_##d(const __grid_constant__ AttentionParams p) {           \
+    attend<__half, d>(p);                                                      \
   }
 MGM_ATTENTION(32)
 MGM_ATTENTION(64)

@@ -16,8 +16,8 @@ constexpr FlashTile attention_tile(int d) {
 
 struct AttentionParams {
   FlashParams queries;
-  const uint16_t* k;  // [total keys, KV heads, head_stride], k_stride elements a key
-  const uint16_t* v;
+  const char* k;  // [total keys, KV heads, head_stride], k_stride bytes a key
+  const char* v;
   const int32_t* cu_k;  // [sequences + 1]
   int32_t k_stride, v_stride;
   int32_t total_keys;

@@ -12,7 +12,7 @@ namespace mgm::cuda {
 Heads whole_pieces(Queue& queue, const View& x, bool negate) {
   const int64_t rows = x.shape[0], heads = x.shape[1], d = x.shape[2], padded = ceil_div(d, 8) * 8;
   const int64_t stride = rows > 1 ? x.strides[0] : heads * padded;
-  if (std::max(rows * heads, stride) > INT32_MAX)
+  if (std::max(rows * heads, 2 * stride) > INT32_MAX)
     throw Error("UNSUPPORTED",
                 format("[attention] expected at most %d rows and elements between tokens", INT32_MAX));
   const bool whole = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && stride % 8 == 0 && d == padded;

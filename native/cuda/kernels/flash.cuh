@@ -21,8 +21,9 @@ __device__ __forceinline__ float exp2_approx(float x) {
 constexpr float kNothingSeen = -INFINITY;
 
 // Scores are taken relative to the row's greatest times `scale`, rounded: one fused multiply-add each. Above
-// this its rounding would show; then, and before anything was seen, they are subtracted before they are
-// scaled.
+// this its rounding would show; then, and before anything was seen, careful code subtracts before it scales.
+// Other code leaves that out of its loop: it takes rows to have seen a score of -kExactReference / scale
+// already, and has the work done again where the greatest is that in the end, or too great.
 constexpr float kExactReference = 16777216.0f;
 
 __device__ __forceinline__ bool is_exact_reference(float scaled_top) {
@@ -53,8 +54,8 @@ struct Merge {
 };
 
 // A row that sees no key is zero.
-__device__ __forceinline__ float normalizer(float sum, int seen) {
-  return seen > 0 ? 1.0f / sum : 0.0f;
+__device__ __forceinline__ float normalizer(float sum, bool sees) {
+  return sees ? 1.0f / sum : 0.0f;
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
@@ -74,7 +75,7 @@ struct FlashState {
   float top[kRowTiles][2];  // greatest score
   float sum[kRowTiles][2];  // of the weights; until sum_lanes() only those of the lane's keys
 
-  __device__ __forceinline__ void reset() {
+  __device__ __forceinline__ void reset(float seen_before = kNothingSeen) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
@@ -83,7 +84,7 @@ struct FlashState {
         for (int e = 0; e < 4; ++e) o[i][j][e] = 0.0f;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        top[i][h] = kNothingSeen;
+        top[i][h] = seen_before;
         sum[i][h] = 0.0f;
       }
     }
@@ -112,11 +113,21 @@ struct FlashState {
       }
   }
 
-  // Scores become weights; what was summed before is rescaled to the new maximum.
-  template <int kKeyTiles>
-  __device__ __forceinline__ void softmax(float (&s)[kRowTiles][kKeyTiles][4], float scale) {
-    float now[kRowTiles][2], reference[kRowTiles][2], change[kRowTiles][2];
+  __device__ __forceinline__ bool is_exact(float seen_before, float scale) const {
     bool exact = true;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        exact = exact && top[i][h] > seen_before && is_exact_reference(__fmul_rn(top[i][h], scale));
+    return exact;
+  }
+
+  // What scores are to be taken relative to for their weights, and sums so far brought to it.
+  template <bool kCareful, int kKeyTiles>
+  __device__ __forceinline__ void rescale(float (&s)[kRowTiles][kKeyTiles][4], float scale,
+                                          float (&reference)[kRowTiles][2]) {
+    float now[kRowTiles][2], change[kRowTiles][2];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -127,9 +138,8 @@ struct FlashState {
         now[i][h] = fmaxf(top[i][h], quad_max(most));
         reference[i][h] = __fmul_rn(now[i][h], scale);
         change[i][h] = __fsub_rn(__fmul_rn(top[i][h], scale), reference[i][h]);
-        exact = exact && is_exact_reference(reference[i][h]);
       }
-    if (__any_sync(kAllLanes, !exact)) {
+    if constexpr (kCareful) {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -149,21 +159,20 @@ struct FlashState {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float alpha = exp2_approx(change[i][h]);
-        float weights = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kKeyTiles; ++j)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[i][j][e] = exp2_approx(fmaf(s[i][j][e], scale, -reference[i][h]));
-            weights = __fadd_rn(weights, s[i][j][e]);
-          }
         top[i][h] = now[i][h];
-        sum[i][h] = fmaf(sum[i][h], alpha, weights);
+        sum[i][h] = __fmul_rn(sum[i][h], alpha);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) o[i][j][e] = __fmul_rn(o[i][j][e], alpha);
       }
+  }
+
+  // The weight of a score, added to the row's sum.
+  __device__ __forceinline__ float weigh(int i, int h, float s, float scale, float reference) {
+    const float weight = exp2_approx(fmaf(s, scale, -reference));
+    sum[i][h] = __fadd_rn(sum[i][h], weight);
+    return weight;
   }
 };
 
@@ -207,7 +216,7 @@ __device__ __forceinline__ bool is_within(int begin, int count, int total) {
 // where the row is and whether; columns from `width` (a multiple of 8) on and rows that are nowhere become
 // zeros.
 struct RowSource {
-  const uint16_t* at;
+  const char* at;
   bool valid;
 };
 template <int kD, int kRows, int kThreads, class Source>
@@ -220,7 +229,7 @@ __device__ __forceinline__ void copy_rows(uint32_t to, int width, Source source)
     const int row = first + i * kPass;
     if (kRows % kPass != 0 && row >= kRows) break;
     const RowSource from = source(row);
-    copy_async(to + row * kRowBytes + piece * 16, from.at + piece * 8,
+    copy_async(to + row * kRowBytes + piece * 16, from.at + piece * 16,
                from.valid && piece * 8 < width ? 16 : 0);
   }
 }
@@ -235,7 +244,9 @@ struct FlashRows {
   static constexpr int kColumnTiles = kD / kTile.split / 8;
   static constexpr int kKeys = kTile.keys, kRowBytes = kTile.row_bytes(), kStageBytes = kTile.stage_bytes();
   // Queries stay in registers where there is room.
-  static constexpr bool kHeld = kRowTiles * kSteps <= 8;
+  static constexpr bool kHeld = kRowTiles * kSteps <= 4;
+  // Copies are begun in the gaps that products leave, where their addresses still fit the registers.
+  static constexpr bool kCopiesFirst = kD >= 256;
   static_assert(kD % 16 == 0 && kTile.keys % 16 == 0 && kColumnTiles % 2 == 0, "whole pairs of mma tiles");
   using State = FlashState<kRowTiles, kColumnTiles>;
 
@@ -244,12 +255,14 @@ struct FlashRows {
   const int kv_head, keys;
   const bool causal;
   const int rows;  // of kRows, that are there
-  const uint32_t shared;
   const int lane = threadIdx.x % 32;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 / kTile.split * kRowTiles * 16;
   const int warp_column = static_cast<int>(threadIdx.x) / 32 % kTile.split * kColumnTiles * 8;
-  int seen[kRowTiles][2];
-  int most_seen;  // by a row of the warp
+  // Where the lane begins to read the rows' queries and the stage of the tile at hand, and where copies of
+  // the next one go to.
+  uint32_t q_at, k_at, v_at, next_at;
+  int forward = kStageBytes;  // from the stage at hand to the other
+  uint32_t sees = 0;          // bit 2 i + h: row (i, h) sees a key
   uint32_t held[kHeld ? kSteps : 1][kRowTiles][4];
 
   __device__ __forceinline__ FlashRows(const FlashParams& params, const RowBlock& at, int head, int n_keys,
@@ -259,13 +272,16 @@ struct FlashRows {
         kv_head(head),
         keys(n_keys),
         causal(is_causal),
-        rows(min(kRows, at.queries * params.group - at.first)),
-        shared(shared_queries) {
+        rows(min(kRows, at.queries * params.group - at.first)) {
+    const uint32_t stages = shared_queries + kRows * kRowBytes;
+    q_at = shared_queries + (warp_row + lane % 16) * kRowBytes + lane / 16 * 16;
+    k_at = stages + (lane % 8 + lane / 16 * 8) * kRowBytes + lane / 8 % 2 * 16;
+    v_at = stages + kStageBytes / 2 + lane % 16 * kRowBytes + lane / 16 * 16 + warp_column * 2;
+    next_at = stages;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) seen[i][h] = seen_by(row(i, h));
-    most_seen = warp_row < rows ? seen_by(min(warp_row + kRowTiles * 16, rows) - 1) : 0;
+      for (int h = 0; h < 2; ++h) sees |= static_cast<uint32_t>(seen_by(row(i, h)) > 0) << (2 * i + h);
   }
 
   // The row in the block of FlashState's [i][h], and the column of o[i][j][2 h].
@@ -294,16 +310,16 @@ struct FlashRows {
     return (block.q_begin + query) * stride + (kv_head * p.group + at - query * p.group) * head_stride;
   }
 
-  __device__ __forceinline__ void copy_queries() const {
-    copy_rows<kD, kRows, kThreads>(shared, p.d, [&](int row) {
-      return RowSource{p.q + (row < rows ? offset(row, p.q_stride, p.head_stride) : 0), row < rows};
+  __device__ __forceinline__ void copy_queries(uint32_t to) const {
+    copy_rows<kD, kRows, kThreads>(to, p.d, [&](int row) {
+      const uint16_t* at = p.q + (row < rows ? offset(row, p.q_stride, p.head_stride) : 0);
+      return RowSource{reinterpret_cast<const char*>(at), row < rows};
     });
   }
 
   __device__ __forceinline__ void load_queries(uint32_t (&a)[kRowTiles][4], int step) const {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-      load_matrices(a[i], shared + (warp_row + i * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * 16);
+    for (int i = 0; i < kRowTiles; ++i) load_matrices(a[i], q_at + i * 16 * kRowBytes + step * 32);
   }
 
   // When the queries have arrived for everyone.
@@ -314,11 +330,12 @@ struct FlashRows {
     }
   }
 
-  // A tile of keys from `key` on, and behind them their values, at `stage`. Not kMasked: all rows see all of
-  // them.
-  template <bool kMasked>
-  __device__ __forceinline__ void attend(State& state, uint32_t stage, int key) const {
-    if (kMasked && key >= most_seen) return;
+  // The tile of keys from `key` on. Not kCareful: all rows see all of them, and FlashState::is_exact() is to
+  // be asked in the end. copy() begins to bring the next tile.
+  template <bool kCareful, class Copy>
+  __device__ __forceinline__ void attend(State& state, int key, const int (&seen)[kRowTiles][2],
+                                         Copy copy) const {
+    if constexpr (kCopiesFirst) copy();
     // Scores.
     float s[kRowTiles][kKeyTiles][4];
 #pragma unroll
@@ -327,26 +344,34 @@ struct FlashRows {
       for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
-    const uint32_t k_at = stage + (lane % 8 + lane / 16 * 8) * kRowBytes + lane / 8 % 2 * 16;
+    const auto multiply = [&](const uint32_t(&a)[kRowTiles][4], int j, int step) {
+      uint32_t b[4];
+      load_matrices(b, k_at + j * 8 * kRowBytes + step * 32);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      uint32_t loaded[kRowTiles][4];
-      if constexpr (!kHeld) load_queries(loaded, step);
-      const auto& a = kHeld ? held[kHeld ? step : 0] : loaded;
+      for (int i = 0; i < kRowTiles; ++i) {
+        multiply_add<T>(s[i][j], a[i], b[0], b[1]);
+        multiply_add<T>(s[i][j + 1], a[i], b[2], b[3]);
+      }
+    };
+    if constexpr (kHeld) {
+      // Keys first: the maximum of the first ones is looked for while the others are multiplied.
 #pragma unroll
-      for (int j = 0; j < kKeyTiles; j += 2) {
-        uint32_t b[4];
-        load_matrices(b, k_at + j * 8 * kRowBytes + step * 32);
+      for (int j = 0; j < kKeyTiles; j += 2)
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          multiply_add<T>(s[i][j], a[i], b[0], b[1]);
-          multiply_add<T>(s[i][j + 1], a[i], b[2], b[3]);
-        }
+        for (int step = 0; step < kSteps; ++step) multiply(held[step], j, step);
+    } else {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t a[kRowTiles][4];
+        load_queries(a, step);
+#pragma unroll
+        for (int j = 0; j < kKeyTiles; j += 2) multiply(a, j, step);
       }
     }
+    if constexpr (!kCopiesFirst) copy();
 
     // Mask.
-    if (kMasked) {
+    if (kCareful) {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -359,20 +384,22 @@ struct FlashRows {
               if (j * 8 + e >= left) s[i][j][2 * h + e] = kNothingSeen;
         }
     }
-    state.softmax(s, p.scale);
+    float reference[kRowTiles][2];
+    state.template rescale<kCareful>(s, p.scale, reference);
 
     // Weighted values.
-    const uint32_t v_at = stage + kStageBytes / 2 + lane % 16 * kRowBytes + lane / 16 * 16 + warp_column * 2;
 #pragma unroll
     for (int j = 0; j < kKeyTiles; j += 2) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        a[i][0] = pack_two<T>(s[i][j][0], s[i][j][1]);
-        a[i][1] = pack_two<T>(s[i][j][2], s[i][j][3]);
-        a[i][2] = pack_two<T>(s[i][j + 1][0], s[i][j + 1][1]);
-        a[i][3] = pack_two<T>(s[i][j + 1][2], s[i][j + 1][3]);
-      }
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int h = e % 2;
+          const auto weight = [&](float score) { return state.weigh(i, h, score, p.scale, reference[i][h]); };
+          const float first = weight(s[i][j + e / 2][2 * h]), second = weight(s[i][j + e / 2][2 * h + 1]);
+          a[i][e] = pack_two<T>(first, second);
+        }
 #pragma unroll
       for (int c = 0; c < kColumnTiles; c += 2) {
         uint32_t b[4];
@@ -386,6 +413,55 @@ struct FlashRows {
     }
   }
 
+  // The state of tiles [first, end), of which every row sees those before `full_end` whole. copy(tile) begins
+  // to bring a tile to next_at; restart(tile) does so when it is not the next one. The first is under way,
+  // and at the end tile `end` is.
+  template <class Copy, class Restart>
+  __device__ __forceinline__ void attend_all(State& state, int first, int full_end, int end, Copy copy,
+                                             Restart restart) {
+    int tile = first, seen[kRowTiles][2];
+    if (tile < full_end) {
+      const float seen_before = -kExactReference / p.scale;
+      state.reset(seen_before);
+      for (; tile < full_end; ++tile) {
+        begin();
+        attend<false>(state, tile * kKeys, seen, [&] { copy(tile + 1); });
+        turn();
+      }
+      if (__syncthreads_or(!state.is_exact(seen_before, p.scale))) {
+        tile = first;
+        wait_copies<0>();
+        restart(tile);
+        turn();
+      }
+    }
+    if (tile == first) state.reset();
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) seen[i][h] = seen_by(row(i, h));
+    const int most_seen = warp_row < rows ? seen_by(min(warp_row + kRowTiles * 16, rows) - 1) : 0;
+    for (; tile < end; ++tile) {
+      begin();
+      copy(tile + 1);
+      if (tile * kKeys < most_seen) attend<true>(state, tile * kKeys, seen, [] {});
+      turn();
+    }
+  }
+
+  // The tile has arrived, and everyone is done with the one before it.
+  __device__ __forceinline__ void begin() const {
+    wait_copies<0>();
+    __syncthreads();
+  }
+  // To the other stage.
+  __device__ __forceinline__ void turn() {
+    k_at += forward;
+    v_at += forward;
+    next_at -= forward;
+    forward = -forward;
+  }
+
   // Results over the sums of their weights, by way of the queries' memory: for all threads of the block,
   // `state` with its lanes summed.
   __device__ __forceinline__ void store(const State& state, unsigned char* queries) const {
@@ -394,7 +470,7 @@ struct FlashRows {
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float r = normalizer(state.sum[i][h], seen[i][h]);
+        const float r = normalizer(state.sum[i][h], sees >> (2 * i + h) & 1);
 #pragma unroll
         for (int j = 0; j < kColumnTiles; ++j)
           *reinterpret_cast<uint32_t*>(queries + row(i, h) * kRowBytes + column(j) * 2) =

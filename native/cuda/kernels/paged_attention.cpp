@@ -54,14 +54,15 @@ void paged_attention(Queue& queue, const PagedAttentionArgs& args) {
   const Heads q = whole_pieces(queue, args.q, args.scale < 0.0f);
   const uint32_t shift = division_shift(page_size);
   PagedAttentionParams params{flash_params(queue, q, args.q, args.cu_q, kv_heads, args.scale, args.out),
-                              args.k_pages.u16(),
-                              args.v_pages.u16(),
+                              static_cast<const char*>(args.k_pages.data),
+                              static_cast<const char*>(args.v_pages.data),
                               args.block_table.i32(),
                               args.context_lens.i32(),
                               nullptr,
                               static_cast<int32_t>(d + 4),  // rows begin on 16 bytes
                               static_cast<int32_t>(max_blocks),
                               static_cast<int32_t>(room),
+                              static_cast<uint32_t>(d * 2),
                               static_cast<uint32_t>(kv_heads),
                               static_cast<uint32_t>(pages),
                               static_cast<uint32_t>(page_size),

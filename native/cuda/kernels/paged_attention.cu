@@ -13,15 +13,10 @@
 // bounds decode; split writes and reads 4 (D + 2) bytes more for each row and segment.
 #include "paged_attention.h"
 
-#include <type_traits>
-
 #include "flash.cuh"
 
 namespace mgm::cuda {
 namespace {
-
-using Masked = std::integral_constant<bool, true>;
-using Unmasked = std::integral_constant<bool, false>;
 
 constexpr uint32_t kNowhere = 0xffffffffu;
 
@@ -69,8 +64,7 @@ __device__ __forceinline__ void attend(const PagedAttentionParams& params) {
       !is_context(params, keys, block.queries))
     return;
 
-  const uint32_t queries_at = shared_address(memory), stages_at = queries_at + Rows::kRows * Rows::kRowBytes;
-  Rows rows(p, block, kv_head, keys, true, queries_at);
+  Rows rows(p, block, kv_head, keys, true, shared_address(memory));
   const int seen = rows.seen_by_any();
   const int first_tile = split ? static_cast<int>(blockIdx.z) * kSegmentTiles : 0;
   int last_tile = (seen + kKeys - 1) / kKeys;
@@ -82,9 +76,9 @@ __device__ __forceinline__ void attend(const PagedAttentionParams& params) {
   int bad_entry = -1;
   const auto look_up = [&](int tile) {
     const int key = tile * kKeys + static_cast<int>(threadIdx.x);
-    if (threadIdx.x >= kKeys || tile >= last_tile) return;
+    if (threadIdx.x >= kKeys) return;
     uint32_t place = kNowhere;
-    if (key < seen) {
+    if (key < last_tile * kKeys && key < seen) {
       const auto entry =
           static_cast<uint32_t>(static_cast<uint64_t>(key) * params.page_multiplier >> params.page_shift);
       const auto page = static_cast<uint32_t>(table[entry]);
@@ -96,46 +90,44 @@ __device__ __forceinline__ void attend(const PagedAttentionParams& params) {
     places[tile % 2][threadIdx.x] = place;
   };
   const auto copy_tile = [&](int tile) {
-    const uint32_t to = stages_at + tile % 2 * Rows::kStageBytes;
     const uint32_t* place = places[tile % 2];
-    const auto copy = [&](uint32_t half, const uint16_t* pages) {
+    const auto copy = [&](uint32_t half, const char* pages) {
       copy_rows<Rows::kD, kKeys, Rows::kThreads>(half, p.d, [&](int row) {
-        return RowSource{pages + static_cast<uint64_t>(place[row]) * static_cast<uint32_t>(p.d),
+        return RowSource{pages + static_cast<uint64_t>(place[row]) * params.row_bytes,
                          place[row] != kNowhere};
       });
     };
-    copy(to, params.k_pages);
-    copy(to + Rows::kStageBytes / 2, params.v_pages);
+    copy(rows.next_at, params.k_pages);
+    copy(rows.next_at + Rows::kStageBytes / 2, params.v_pages);
     commit_copies();
+  };
+
+  const auto start = [&](int tile) {
+    look_up(tile);
+    look_up(tile + 1);
+    __syncthreads();
+    copy_tile(tile);
   };
 
   typename Rows::State total, part;
   total.reset();
   if (first_tile < last_tile) {
-    look_up(first_tile);
-    look_up(first_tile + 1);
-    rows.copy_queries();
-    commit_copies();
-    __syncthreads();
-    copy_tile(first_tile);
-    wait_copies<1>();
-    __syncthreads();
-    rows.hold_queries();
-  }
-  int tile = first_tile;
-  const auto step = [&](auto masked) {
-    // The tile has arrived, and everyone is done with the one before it.
+    rows.copy_queries(shared_address(memory));
+    start(first_tile);
     wait_copies<0>();
     __syncthreads();
-    if (tile + 1 < last_tile) copy_tile(tile + 1);
-    look_up(tile + 2);
-    rows.template attend<masked>(part, stages_at + tile % 2 * Rows::kStageBytes, tile * kKeys);
-  };
-  while (tile < last_tile) {
-    part.reset();
+    rows.hold_queries();
+    rows.next_at += Rows::kStageBytes;
+  }
+  for (int tile = first_tile; tile < last_tile; tile += kSegmentTiles) {
     const int segment_end = min(last_tile, tile + kSegmentTiles);
-    for (const int end = min(segment_end, rows.seen_by_all() / kKeys); tile < end; ++tile) step(Unmasked());
-    for (; tile < segment_end; ++tile) step(Masked());
+    rows.attend_all(
+        part, tile, min(segment_end, rows.seen_by_all() / kKeys), segment_end,
+        [&](int next) {
+          copy_tile(next);
+          look_up(next + 1);
+        },
+        start);
     part.sum_lanes();
     if (!split) total.merge(part, p.scale);
   }
@@ -203,7 +195,7 @@ __device__ __forceinline__ void combine(const PagedAttentionParams& params) {
       o[2] = both(o[2], part.z);
       o[3] = both(o[3], part.w);
     }
-    const float r = normalizer(sum, seen);
+    const float r = normalizer(sum, seen > 0);
     *reinterpret_cast<uint2*>(p.out + int64_t{row} * p.d + column) =
         make_uint2(pack_two<T>(__fmul_rn(o[0], r), __fmul_rn(o[1], r)),
                    pack_two<T>(__fmul_rn(o[2], r), __fmul_rn(o[3], r)));
@@ -213,11 +205,11 @@ __device__ __forceinline__ void combine(const PagedAttentionParams& params) {
 }  // namespace
 
 #define MGM_PAGED_ATTENTION(shape, Shape, d)                                     \
-  extern "C" __global__ void __launch_bounds__(shape##_tile(d).threads())        \
+  extern "C" __global__ void __launch_bounds__(shape##_tile(d).threads(), 1)     \
       paged_##shape##_bf16_##d(const __grid_constant__ PagedAttentionParams p) { \
     attend<__nv_bfloat16, Shape<d>>(p);                                          \
   }                                                                              \
-  extern "C" __global__ void __launch_bounds__(shape##_tile(d).threads())        \
+  extern "C" __global__ void __launch_bounds__(shape##_tile(d).threads(), 1)     \
       paged_##shape##_f16_##d(const __grid_constant__ PagedAttentionParams p) {  \
     attend<__half, Shape<d>>(p);                                                 \
   }

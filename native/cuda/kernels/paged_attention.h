@@ -33,8 +33,8 @@ constexpr uint32_t division_shift(int64_t d) {
 
 struct PagedAttentionParams {
   FlashParams queries;
-  const uint16_t* k_pages;  // [pages, KV heads, page_size, d]
-  const uint16_t* v_pages;
+  const char* k_pages;  // [pages, KV heads, page_size] rows of row_bytes
+  const char* v_pages;
   const int32_t* block_table;   // [sequences, max_blocks]
   const int32_t* context_lens;  // [sequences]
   // Null: a block walks all segments. Else [segments, tokens, heads, partial_stride]: what a segment gives
@@ -42,7 +42,7 @@ struct PagedAttentionParams {
   float* partial;
   int32_t partial_stride;
   int32_t max_blocks, room;  // of a sequence, in pages and keys
-  uint32_t kv_heads, pages, page_size;
+  uint32_t row_bytes, kv_heads, pages, page_size;
   uint32_t page_multiplier, page_shift;  // n / page_size = n * page_multiplier >> page_shift
 };
 

@@ -119,20 +119,27 @@ cudaTests('attention', cuda => {
     const [d, keys] = [64, 200]
     const v = random.normals(keys * d)
     // Scores of ±2^e, one of them the greatest: whatever their size, its value is the result.
+    const scores = [
+      (j: number) => (j === 131 ? 2 : [1, -1, -2][j % 3]!),
+      (j: number) => (j === 131 ? -1 : -2),
+    ]
     for (const dtype of HALVES)
-      for (const exponent of dtype === 'bf16' ? [6, 12, 40, 100, 120] : [6, 12, 25])
-        await cuda.same({ dtype, limit: { absolute: 0 }, what: `2^${exponent}, seed ${random.seed}` }, t => {
-          const q = new Float32Array(d).fill(2 ** Math.floor(exponent / 2))
-          const k = new Float32Array(keys * d)
-          for (let j = 0; j < keys; j++)
-            k[j * d + (j % d)] = (j === 131 ? 2 : [1, -1, -2][j % 3]!) * 2 ** Math.ceil(exponent / 2)
-          const make = (data: Float32Array, rows: number) => t.a(data, [rows, 1, d])
-          return attention(make(q, 1), make(k, keys), make(v, keys), {
-            cuQ: t.plain(Int32Array.of(0, 1), [2]),
-            cuK: t.plain(Int32Array.of(0, keys), [2]),
-            scale: 1,
-          })
-        })
+      for (const exponent of dtype === 'bf16' ? [6, 12, 24, 40, 100, 120] : [6, 12, 25])
+        for (const score of scores)
+          await cuda.same(
+            { dtype, limit: { absolute: 0 }, what: `2^${exponent}, seed ${random.seed}` },
+            t => {
+              const q = new Float32Array(d).fill(2 ** Math.floor(exponent / 2))
+              const k = new Float32Array(keys * d)
+              for (let j = 0; j < keys; j++) k[j * d + (j % d)] = score(j) * 2 ** Math.ceil(exponent / 2)
+              const make = (data: Float32Array, rows: number) => t.a(data, [rows, 1, d])
+              return attention(make(q, 1), make(k, keys), make(v, keys), {
+                cuQ: t.plain(Int32Array.of(0, 1), [2]),
+                cuK: t.plain(Int32Array.of(0, keys), [2]),
+                scale: 1,
+              })
+            },
+          )
     const even = { heads: 1, kvHeads: 1, headDim: d, q: [3], k: [128], scale: 0 }
     const data = draw(random, even, 0)
     await cuda.same({ dtype: 'f16', limit: { absolute: 1e-5 }, what: `seed ${random.seed}` }, t =>
@@ -155,6 +162,22 @@ cudaTests('attention', cuda => {
       for (const query of [70, 74]) expect(Number.isFinite(at(query, 0, column))).toBe(true)
       if (column !== 5) expect(Number.isFinite(at(3, 1, column))).toBe(true)
     }
+  })
+
+  it('leaves rows beside one of huge scores as they are', async () => {
+    const random = new Random()
+    const c = { heads: 1, kvHeads: 1, headDim: 64, q: [140], k: [200] }
+    const data = draw(random, c, 0)
+    const t = cuda.inputs(cuda.gpu, 'bf16')
+    const before = await floats(run(t, c, data, 0))
+    const row = data.q.subarray(9 * 64, 10 * 64)
+    row.forEach((x, i) => {
+      row[i] = x * 2 ** 40
+    })
+    const after = await floats(run(t, c, data, 0))
+    expect(after.subarray(0, 9 * 64), `seed ${random.seed}`).toEqual(before.subarray(0, 9 * 64))
+    expect(after.subarray(10 * 64), `seed ${random.seed}`).toEqual(before.subarray(10 * 64))
+    expect(after.every(Number.isFinite)).toBe(true)
   })
 
   it('gives keys of score -inf no weight; NaN where a row has no others', async () => {

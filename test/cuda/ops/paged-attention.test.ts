@@ -21,7 +21,7 @@ const offsets = (counts: readonly number[]) => {
 }
 
 /** Whole sequences: every token's query, keys and values in shuffled pages whose unused slots hold NaN. */
-function world(random: Random, { heads, kvHeads, headDim, pageSize, lengths }: Setup) {
+function world(random: Random, { heads, kvHeads, headDim, pageSize, lengths }: Setup, huge = 1) {
   const blocks = lengths.map(length => Math.ceil(length / pageSize))
   const pages = blocks.reduce((a, b) => a + b) + 2
   const order = Array.from({ length: pages }, (_, i) => i)
@@ -44,7 +44,10 @@ function world(random: Random, { heads, kvHeads, headDim, pageSize, lengths }: S
         v.set(random.normals(headDim), at)
       }
   })
-  const queries = lengths.map(length => Array.from({ length }, () => random.normals(heads * headDim)))
+  // Now and then one of huge scores, which take a path of their own.
+  const queries = lengths.map(length =>
+    Array.from({ length }, (_, i) => random.normals(heads * headDim, i % 61 === 50 ? huge : 1)),
+  )
 
   /** The op on the newest `counts[b]` of the first `contexts[b]` tokens of each sequence. */
   const run = (t: Inputs, counts: readonly number[], contexts: readonly number[], scale?: number) => {
@@ -117,8 +120,9 @@ cudaTests('pagedAttention', cuda => {
   for (const [i, setup] of setups.entries())
     it(`prefill in any chunks, decode and any batch give the same bits: ${JSON.stringify(setup)}`, async () => {
       const random = new Random()
-      const { run, greatest, width } = world(random, setup)
-      const t = cuda.inputs(cuda.gpu, HALVES[i % 2]!)
+      const dtype = HALVES[i % 2]!
+      const { run, greatest, width } = world(random, setup, dtype === 'bf16' ? 2 ** 30 : 1)
+      const t = cuda.inputs(cuda.gpu, dtype)
       const whole = await floats(run(t, setup.lengths, setup.lengths))
       const starts = offsets(setup.lengths)
       expect(whole.every(x => Math.abs(x) <= greatest * (1 + ROUNDOFF.bf16))).toBe(true)
