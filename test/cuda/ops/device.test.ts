@@ -3,6 +3,7 @@ import { copyTo, Device } from '../../../lib/device.ts'
 import type { MgmError } from '../../../lib/errors.ts'
 import { native } from '../../../lib/native.ts'
 import * as ops from '../../../lib/ops.ts'
+import type { Tensor } from '../../../lib/tensor.ts'
 import { Random } from '../../ops/helpers.ts'
 import { cudaTests, floats } from '../helpers.ts'
 
@@ -36,6 +37,32 @@ cudaTests('the CUDA backend', cuda => {
     graph.dispose()
     expect(() => device.capture(() => x.write(new Uint16Array(2)))).toThrow(/received write/)
     expect([...(await ops.cast(x, 'f32').read())]).toEqual([2, 3])
+  })
+
+  it('replays bit for bit what it does eagerly', async () => {
+    const random = new Random()
+    const device = gpu()
+    const [tokens, heads, d] = [37, 4, 32]
+    const inputs = () =>
+      ops.cast(device.tensor(random.normals(tokens * heads * d), [tokens, heads * d]), 'f16')
+    const w = ops.packLinear(
+      ops.cast(device.tensor(random.normals(3 * (heads * d) ** 2), [3 * heads * d, heads * d]), 'f16'),
+    )
+    const norm = device.tensor(random.normals(heads * d), [heads * d])
+    const cuQ = device.tensor(Int32Array.of(0, 20, tokens), [3])
+    const layer = (x: Tensor) => {
+      const qkv = ops.linear(ops.rmsNorm(x, norm, { eps: 1e-5 }), w).reshape(tokens, 3 * heads, d)
+      const [q, k, v] = [0, 1, 2].map(i => qkv.narrow(1, i * heads, heads)) as [Tensor, Tensor, Tensor]
+      return ops.attention(q, k, v, { cuQ, causal: true })
+    }
+    const x = inputs()
+    const graph = device.capture(() => layer(x))
+    for (let turn = 0; turn < 3; turn++) {
+      if (turn > 0) x.write(await inputs().read())
+      graph.replay()
+      expect(await graph.outputs.read(), `seed ${random.seed}`).toEqual(await layer(x).read())
+    }
+    graph.dispose()
   })
 
   it('reports what only data shows to the next read, then goes on', async () => {
