@@ -8,8 +8,8 @@ constexpr int kHeadDims[] = {32, 64, 80, 96, 128, 256, 512};
 // Two row tiles a warp use every fragment of K and V twice, as long as their results fit the registers. All
 // tiles fit the 99 KiB of shared memory that the smallest GPUs have.
 constexpr FlashTile attention_tile(int d) {
-  return d < 128    ? FlashTile{d, 64, 2, 4, 1}
-         : d == 128 ? FlashTile{d, 32, 2, 4, 1}
+  return d < 96     ? FlashTile{d, 64, 2, 4, 1}
+         : d <= 128 ? FlashTile{d, 32, 2, 4, 1}
          : d == 256 ? FlashTile{d, 32, 1, 4, 1}
                     : FlashTile{d, 16, 1, 4, 2};
 }
