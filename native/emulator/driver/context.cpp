@@ -76,7 +76,10 @@ CUresult enter(const char* name, unsigned flags, Lock& lock, std::shared_ptr<Con
   }
   (void)lock;
   const CUresult planned = d.planned_error(name, false);
-  if (*context && is_sticky(planned)) (*context)->error = planned;
+  // Of calls that need no context the one they act on is the current one.
+  if (is_sticky(planned))
+    if (const auto hit = *context || thread.stack.empty() ? *context : thread.stack.back())
+      hit->error = planned;
   return planned;
 }
 
