@@ -26,6 +26,7 @@ interface ChatFlags {
   ocr?: string[]
   gen?: boolean
   device?: string
+  deviceMap?: 'auto'
   dtype?: 'f32' | 'bf16' | 'f16'
   quantize?: 'int8' | 'int4'
   threads?: number
@@ -113,7 +114,10 @@ Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 ended by Ctrl-C.`,
       .option('--conversation <name>', 'template, instead of the one of the model family')
       .option('--ocr <word>', 'word read in the picture, as a hint; may be repeated', collect)
       .option('--gen', 'ask for the prompt of a picture to be drawn (<GEN>)')
-      .option('--device <name>', 'auto (default) or cpu')
+      .option('--device <name>', 'auto (default: the GPU if there is a usable one), cpu, cuda or cuda:N')
+      .addOption(
+        new Option('--device-map <how>', 'spread the language model over all GPUs').choices(['auto']),
+      )
       .addOption(new Option('--dtype <name>', 'how weights are held').choices(['f32', 'bf16', 'f16']))
       .addOption(
         new Option('--quantize <name>', "how the language model's matrices are held").choices([
@@ -147,6 +151,7 @@ Examples:
         checkpoint,
         load: given({
           device: flags.device,
+          deviceMap: flags.deviceMap,
           dtype: flags.dtype,
           quantize: flags.quantize,
           threads: flags.threads,
