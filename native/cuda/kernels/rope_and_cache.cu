@@ -58,6 +58,7 @@ __device__ __forceinline__ void copy(const From* from, To* to) {
 template <class T, class Page, int N>
 __device__ __forceinline__ void rope(const RopeParams& p) {
   __shared__ __align__(16) float cosine[kRopeMaxHalf], sine[kRopeMaxHalf];
+  __shared__ int32_t slot_of_token;
   const int half = p.half, d = 2 * half, vectors = half / N;
   const int mine = threadIdx.x;
   const float frequency = mine < half ? p.inv_freq[mine] : 0.0f;
@@ -67,11 +68,12 @@ __device__ __forceinline__ void rope(const RopeParams& p) {
       cosine[place_of<N>(mine, half)] = cosf(angle);
       sine[place_of<N>(mine, half)] = sinf(angle);
     }
-    const int64_t slot = p.slots[t];
+    if (mine == 0) slot_of_token = p.slots[t];  // once for all warps
+    __syncthreads();
+    const int64_t slot = slot_of_token;
     const bool cached = slot >= 0 && slot < p.slot_count;
     if (slot >= p.slot_count && mine == 0) report(p.fault, FaultKind::cache_slot, slot, 0, p.slot_count, t);
     const int64_t page = cached ? slot / p.page_size : 0, offset = cached ? slot - page * p.page_size : 0;
-    __syncthreads();
 
     const T* row = static_cast<const T*>(p.qkv) + t * p.qkv_stride;
     T* out = static_cast<T*>(p.out) + t * p.heads * d;
