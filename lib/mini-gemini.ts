@@ -148,7 +148,7 @@ export class MiniGemini {
         quantize: checked.quantize,
       })
       const sizes = { tokenBudget, maxSequences, visionBatch, vocabSize: tokenizer.size }
-      const work = workBytes(config, sizes, onCpu ? 4 : 2)
+      const work = workBytes(config, sizes, onCpu)
       const available = devices.map(one =>
         Math.min(one.memory().available, onCpu ? availableMemory() : Number.POSITIVE_INFINITY),
       )
@@ -470,15 +470,18 @@ function visionBatchFor(imageSize: number): number {
 function workBytes(
   config: Checkpoint['config'],
   sizes: { tokenBudget: number; maxSequences: number; visionBatch: number; vocabSize: number },
-  bytesPerActivation: number,
+  onCpu: boolean,
 ): number {
+  const bytes = onCpu ? 4 : 2
   // ConvNeXt's first stage: a quarter-size map with its input, norm and four-fold inner layer; and the pixels.
   const map = (config.image_size_aux / 4) ** 2
   const channels = Math.ceil(config.mm_hidden_size_aux / 15)
-  const vision =
-    sizes.visionBatch * (map * channels * 7 + config.image_size_aux ** 2 * 3) * bytesPerActivation
-  const text =
-    sizes.tokenBudget * (6 * config.hidden_size + 2 * config.intermediate_size) * bytesPerActivation
+  const vision = sizes.visionBatch * (map * channels * 7 + config.image_size_aux ** 2 * 3) * bytes
+  const text = sizes.tokenBudget * (6 * config.hidden_size + 2 * config.intermediate_size) * bytes
   const logits = 2 * sizes.maxSequences * sizes.vocabSize * 4
-  return vision + text + logits
+  if (onCpu) return vision + text + logits
+  // A GPU's draw works on lists of candidates, and every recorded step (1, 2, 4, … sequences) keeps its own.
+  const candidates = sizes.maxSequences * sizes.vocabSize * 24
+  const experts = (config.num_experts_per_tok ?? 0) * sizes.tokenBudget * config.hidden_size * 4
+  return vision + text + 3 * (logits + candidates) + Math.min(experts, 128 * MIB)
 }
