@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <set>
 
@@ -95,8 +96,8 @@ std::string head(const Forms& f) {
 
 // Which of `forms` ptxas assembles; false where there is no ptxas.
 bool assemble(const Forms& set, const std::vector<std::string>& forms, std::set<size_t>* refused) {
-  char path[] = "/tmp/mgm-grammar-XXXXXX";
-  int descriptor = mkstemp(path);
+  std::string path = (std::filesystem::temp_directory_path() / "mgm-grammar-XXXXXX").string();
+  int descriptor = mkstemp(path.data());
   if (descriptor < 0) return false;
   close(descriptor);
   const std::string start = head(set) + prologue();
@@ -127,7 +128,7 @@ bool assemble(const Forms& set, const std::vector<std::string>& forms, std::set<
     }
     pclose(pipe);
   }
-  unlink(path);
+  unlink(path.c_str());
   return present;
 }
 
