@@ -19,10 +19,11 @@ export const OPS = {
   moeRoute: 'logits:tensor topK:int',
   groupedLinear: 'x:tensor w:tensor[] ids:tensor weights:tensor? residual:tensor? activation:activation',
   conv2d:
-    'x:tensor w:tensor bias:tensor? scale:tensor? residual:tensor? kernel:int[] stride:int pad:int activation:activation',
+    'x:tensor w:tensor bias:tensor? scale:tensor? residual:tensor? kernel:int[] stride:int pad:int[] resize:int[] activation:activation',
   depthwiseConvNorm: 'x:tensor w:tensor bias:tensor normWeight:tensor normBias:tensor eps:float',
   rmsNorm: 'x:tensor weight:tensor residual:tensor? eps:float weightOffset:float',
   layerNorm: 'x:tensor weight:tensor bias:tensor residual:tensor? eps:float',
+  groupNorm: 'x:tensor more:tensor? weight:tensor bias:tensor groups:int eps:float activation:activation',
   attention: 'q:tensor k:tensor v:tensor cuQ:tensor cuK:tensor scale:float causal:bool',
   pagedAttention:
     'q:tensor kPages:tensor vPages:tensor blockTable:tensor cuQ:tensor contextLens:tensor scale:float',
@@ -32,6 +33,11 @@ export const OPS = {
   embedding: 'table:tensor ids:tensor scale:float out:dtype',
   spliceEmbeddings: 'text:tensor image:tensor index:tensor',
   sample: 'logits:tensor options:tensor state:tensor history:tensor? mask:tensor? topLogprobs:int',
+  schedulerStep:
+    'x:tensor model:tensor? coefficients:tensor previous:tensor? noise:tensor? halves:int input:dtype',
+  randomNormal: 'seeds:tensor shape:int[]',
+  toUint8: 'x:tensor scale:float offset:float',
+  addTile: 'canvas:tensor tile:tensor rows:tensor columns:tensor y:int x:int',
 } as const
 
 export type OpName = keyof typeof OPS
@@ -130,17 +136,41 @@ export function groupedLinear(
   )
 }
 
+export interface Conv2dOptions extends Epilogue {
+  /** [O], or [B, O] with a row for each image (a UNet's time embedding); rows may be strided. */
+  bias?: Tensor | undefined
+  kernel: readonly [number, number]
+  /** Default 1. */
+  stride?: number
+  /** Zeros around the image: one number, or those above and left, then those below and right. Default 0. */
+  pad?: number | readonly [number, number]
+  /** Height and width that x is resized to first, by nearest neighbour; the resized image is never stored. */
+  resize?: readonly [number, number] | undefined
+}
+
 /**
  * 2-D convolution. x [B, H, W, C]; w packed [O, kh·kw·C], i.e. `permute(weight, [0, 2, 3, 1])` flattened → [B, OH, OW, O].
  * residual [R, O] is added to output position r (over B·OH·OW) from row r mod R.
  */
-export function conv2d(
+export function conv2d(x: Tensor, w: Tensor, options: Conv2dOptions): Tensor {
+  const { bias, scale, residual, activation = 'none', kernel, stride = 1, pad = 0, resize = [] } = options
+  const zeros = typeof pad === 'number' ? [pad, pad] : pad
+  return one(call('conv2d', x, w, bias, scale, residual, kernel, stride, zeros, resize, activation))
+}
+
+/**
+ * GroupNorm of each image, with SiLU if asked for: mean and variance over all pixels and the channels of a group.
+ * x [B, H, W, C] and `more` [B, H, W, C2] are taken as one image of C + C2 channels; weight and bias f32 [C + C2] →
+ * [B, H, W, C + C2].
+ */
+export function groupNorm(
   x: Tensor,
-  w: Tensor,
-  options: Epilogue & { kernel: readonly [number, number]; stride?: number; pad?: number },
+  weight: Tensor,
+  bias: Tensor,
+  options: { groups: number; eps: number; more?: Tensor | undefined; activation?: 'none' | 'silu' },
 ): Tensor {
-  const { bias, scale, residual, activation = 'none', kernel, stride = 1, pad = 0 } = options
-  return one(call('conv2d', x, w, bias, scale, residual, kernel, stride, pad, activation))
+  const { groups, eps, more, activation = 'none' } = options
+  return one(call('groupNorm', x, more, weight, bias, groups, eps, activation))
 }
 
 /** LayerNorm over channels of a depthwise convolution with "same" zero padding. x [B, H, W, C], w [kh, kw, C] f32. (ConvNeXt block) */
@@ -300,4 +330,64 @@ export function sample(
     options.topLogprobs ?? 0,
   )
   return { ids: ids!, logprobs: logprobs!, topIds }
+}
+
+/**
+ * One step of a diffusion sampler, as a linear combination. Row b of `coefficients` f32 [B, 8]: guidance g, then p_x, p_m,
+ * c_x, c_m, c_p, c_n, s. x f32 [B, H, W, C]; model [halves·B, H, W, C] of type `input`, of two halves the first without
+ * the prompt; previous and noise f32 like x. Absent terms are zero.
+ *
+ *     m = model, or model[b] + g · (model[B + b] − model[b])
+ *     predicted = p_x·x + p_m·m          f32, if there is a model
+ *     out = c_x·x + c_m·m + c_p·previous + c_n·noise          f32
+ *     input = s·out          [halves·B, H, W, C] of type `input`, both halves equal
+ */
+export function schedulerStep(
+  x: Tensor,
+  options: {
+    coefficients: Tensor
+    model?: Tensor | undefined
+    previous?: Tensor | undefined
+    noise?: Tensor | undefined
+    halves: 1 | 2
+    input: ActivationType
+  },
+): { out: Tensor; input: Tensor; predicted: Tensor | undefined } {
+  const { model, coefficients, previous, noise, halves } = options
+  const [out, input, predicted] = call(
+    'schedulerStep',
+    x,
+    model,
+    coefficients,
+    previous,
+    noise,
+    halves,
+    options.input,
+  )
+  return { out: out!, input: input!, predicted }
+}
+
+/**
+ * Standard normal numbers, f32 [B, ...shape]; a row depends on its seed alone. seeds i32 [B, 3]: key low, key high,
+ * stream. (Philox4x32-10 and Box-Muller; native/ops.h has the formula.)
+ */
+export function randomNormal(seeds: Tensor, shape: readonly number[]): Tensor {
+  return one(call('randomNormal', seeds, shape))
+}
+
+/** scale · x + offset, clamped to 0…255 and rounded (ties to even) → u8 of x's shape. NaN gives 0. */
+export function toUint8(x: Tensor, options: { scale: number; offset: number }): Tensor {
+  return one(call('toUint8', x, options.scale, options.offset))
+}
+
+/**
+ * Adds a weighted tile to a canvas in place: canvas[b, y+i, x+j] += rows[i] · columns[j] · tile[b, i, j]. canvas f32
+ * [B, H, W, C], tile [B, h, w, C], rows f32 [h], columns f32 [w].
+ */
+export function addTile(
+  canvas: Tensor,
+  tile: Tensor,
+  options: { rows: Tensor; columns: Tensor; y: number; x: number },
+): void {
+  call('addTile', canvas, tile, options.rows, options.columns, options.y, options.x)
 }

@@ -283,30 +283,44 @@ Tensor grouped_linear(const Tensor& x, const TensorList& w, const Tensor& ids, c
 }
 
 Tensor conv2d(const Tensor& x, const Tensor& w, const OptTensor& bias, const OptTensor& scale,
-              const OptTensor& residual, const Ints& kernel, int64_t stride, int64_t pad,
-              Activation activation) {
+              const OptTensor& residual, const Ints& kernel, int64_t stride, const Ints& pad,
+              const Ints& resize, Activation activation) {
   const DType a = check_activations(x, "x", true);
   check(x, "x", a, {kAny, kAny, kAny, kAny});
   if (kernel.size() != 2) refuse("two sizes", "kernel", shape_string(kernel));
+  if (pad.size() != 2) refuse("zeros before and after", "pad", shape_string(pad));
+  if (resize.size() != 0 && resize.size() != 2) refuse("height and width", "resize", shape_string(resize));
   const int64_t kh = check_range(kernel[0], "kernel", 1, 1024),
                 kw = check_range(kernel[1], "kernel", 1, 1024);
   check_range(stride, "stride", 1, 1024);
-  check_range(pad, "pad", 0, 1024);
+  const int64_t before = check_range(pad[0], "pad", 0, 1024), after = check_range(pad[1], "pad", 0, 1024);
   const int64_t batch = x.dim(0), channels = x.dim(3);
-  const int64_t oh = (x.dim(1) + 2 * pad - kh) / stride + 1, ow = (x.dim(2) + 2 * pad - kw) / stride + 1;
-  if (x.dim(1) + 2 * pad < kh || x.dim(2) + 2 * pad < kw)
-    refuse(format("at least %lld x %lld pixels", ll(kh - 2 * pad), ll(kw - 2 * pad)), "x",
+  int64_t height = x.dim(1), width = x.dim(2);
+  if (!resize.empty()) {
+    if (height == 0 || width == 0) refuse("at least one pixel", "x", shape_string(x.view));
+    height = check_range(resize[0], "resize", 1, 1 << 20);
+    width = check_range(resize[1], "resize", 1, 1 << 20);
+  }
+  const int64_t padded_h = height + before + after, padded_w = width + before + after;
+  if (padded_h < kh || padded_w < kw)
+    refuse(format("at least %lld x %lld pixels", ll(kh - before - after), ll(kw - before - after)), "x",
            shape_string(x.view));
+  const int64_t oh = (padded_h - kh) / stride + 1, ow = (padded_w - kw) / stride + 1;
   const int64_t n = check_packed(w, "w", a, kh * kw * channels), rows = batch * oh * ow;
   if (w.view.layout != Layout::panels) refuse("ungated weights", "w", shape_string(w.view));
   if (a != DType::f32 && w.dtype() != a)
     refuse(format("%s weights", dtype_name(a)), "w", shape_string(w.view));
-  check_epilogue(a, w, bias, scale, residual, rows, n);
+  OptTensor per_image = bias;
+  if (bias && bias->rank() == 1 && bias->contiguous()) per_image = bias->reshape({1, bias->dim(0)});
+  check(per_image, "bias", DType::f32, {kAny, n}, Rows::strided);
+  if (per_image && per_image->dim(0) != 1) check(per_image, "bias", DType::f32, {batch, n}, Rows::strided);
+  check_epilogue(a, w, {}, scale, residual, rows, n);
   Tensor out = make(x.device(), a, {batch, oh, ow, n});
   if (rows > 0)
-    x.device().conv2d({x.view, w.view, view_of(bias), view_of(scale), view_of(residual), static_cast<int>(kh),
-                       static_cast<int>(kw), static_cast<int>(stride), static_cast<int>(pad), activation,
-                       out.view});
+    x.device().conv2d({x.view, w.view, view_of(per_image), view_of(scale), view_of(residual),
+                       static_cast<int>(kh), static_cast<int>(kw), static_cast<int>(stride),
+                       static_cast<int>(before), static_cast<int>(after), static_cast<int>(height),
+                       static_cast<int>(width), activation, out.view});
   return out;
 }
 
@@ -360,6 +374,26 @@ std::vector<Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tens
     x.device().layer_norm({rows.view, view_of(added), weight.view, bias.view, check_finite(eps, "eps", false),
                            out[0].view, added ? out[1].view : View{}});
   for (Tensor& tensor : out) tensor = tensor.reshape(x.shape());
+  return out;
+}
+
+Tensor group_norm(const Tensor& x, const OptTensor& more, const Tensor& weight, const Tensor& bias,
+                  int64_t groups, double eps, Activation activation) {
+  const DType a = check_activations(x, "x", false);
+  check(x, "x", a, {kAny, kAny, kAny, kAny});
+  check(more, "more", a, {x.dim(0), x.dim(1), x.dim(2), kAny});
+  const int64_t channels = x.dim(3) + (more ? more->dim(3) : 0);
+  check(weight, "weight", DType::f32, {channels});
+  check(bias, "bias", DType::f32, {channels});
+  check_range(groups, "groups", 1, std::max<int64_t>(channels, 1));
+  if (channels % groups)
+    refuse(format("a divisor of %lld channels", ll(channels)), "groups", std::to_string(groups));
+  if (activation != Activation::none && activation != Activation::silu)
+    refuse("none or silu", "activation", "another one");
+  Tensor out = make(x.device(), a, {x.dim(0), x.dim(1), x.dim(2), channels});
+  if (out.view.numel() > 0)
+    x.device().group_norm({x.view, view_of(more), weight.view, bias.view, static_cast<int>(groups),
+                           check_finite(eps, "eps", true), activation, out.view});
   return out;
 }
 
@@ -520,6 +554,66 @@ std::vector<Tensor> sample(const Tensor& logits, const Tensor& options, const Te
   return out;
 }
 
+std::vector<Tensor> scheduler_step(const Tensor& x, const OptTensor& model, const Tensor& coefficients,
+                                   const OptTensor& previous, const OptTensor& noise, int64_t halves,
+                                   DType input) {
+  check(x, "x", DType::f32, {kAny, kAny, kAny, kAny});
+  const Shape shape = x.shape();
+  check_range(halves, "halves", 1, 2);
+  if (!x.device().computes_in(input, false)) refuse("a type of activations", "input", dtype_name(input));
+  const Shape twice = {halves * shape[0], shape[1], shape[2], shape[3]};
+  check(model, "model", input, twice);
+  check(coefficients, "coefficients", DType::f32, {shape[0], 8});
+  check(previous, "previous", DType::f32, shape);
+  check(noise, "noise", DType::f32, shape);
+  Device& device = x.device();
+  std::vector<Tensor> out{make(device, shape), make(device, input, twice)};
+  if (model) out.push_back(make(device, shape));
+  if (x.view.numel() > 0)
+    device.scheduler_step({x.view, view_of(model), coefficients.view, view_of(previous), view_of(noise),
+                           out[0].view, model ? out[2].view : View{}, out[1].view});
+  return out;
+}
+
+Tensor random_normal(const Tensor& seeds, const Ints& shape) {
+  check(seeds, "seeds", DType::i32, {kAny, 3});
+  Shape full{seeds.dim(0)};
+  for (const int64_t size : shape) full.push_back(check_range(size, "shape", 0, 1ll << 31));
+  if (full.size() > kMaxRank) refuse(format("at most %d sizes", kMaxRank - 1), "shape", shape_string(shape));
+  Tensor out = make(seeds.device(), full);
+  if (out.view.numel() > 0)
+    seeds.device().random_normal({seeds.view, out.reshape({full[0], out.view.numel() / full[0]}).view});
+  return out;
+}
+
+Tensor to_uint8(const Tensor& x, double scale, double offset) {
+  check_activations(x, "x", false);
+  if (!x.contiguous()) refuse("a contiguous tensor", "x", "a strided view; copy it with cast");
+  Tensor out = make(x.device(), DType::u8, x.shape());
+  if (x.view.numel() > 0)
+    x.device().to_uint8(
+        {x.view, check_finite(scale, "scale", false), check_finite(offset, "offset", false), out.view});
+  return out;
+}
+
+std::vector<Tensor> add_tile(const Tensor& canvas, const Tensor& tile, const Tensor& rows,
+                             const Tensor& columns, int64_t y, int64_t x) {
+  check(canvas, "canvas", DType::f32, {kAny, kAny, kAny, kAny});
+  const DType a = check_activations(tile, "tile", false);
+  check(tile, "tile", a, {canvas.dim(0), kAny, kAny, canvas.dim(3)});
+  check(rows, "rows", DType::f32, {tile.dim(1)});
+  check(columns, "columns", DType::f32, {tile.dim(2)});
+  if (tile.dim(1) > canvas.dim(1) || tile.dim(2) > canvas.dim(2))
+    refuse(format("a tile of at most %lld x %lld pixels", ll(canvas.dim(1)), ll(canvas.dim(2))), "tile",
+           shape_string(tile.view));
+  check_range(y, "y", 0, canvas.dim(1) - tile.dim(1));
+  check_range(x, "x", 0, canvas.dim(2) - tile.dim(2));
+  if (tile.view.numel() > 0)
+    tile.device().add_tile(
+        {canvas.view, tile.view, rows.view, columns.view, static_cast<int>(y), static_cast<int>(x)});
+  return {};
+}
+
 // -- the table: parameter kinds are read off the signatures
 // ---------------------------------------------------------------
 
@@ -655,10 +749,12 @@ const std::vector<Op>& op_table() {
       op("linear", &linear, {"x", "w", "bias", "scale", "residual", "activation", "out"}),
       op("moeRoute", &moe_route, {"logits", "topK"}),
       op("groupedLinear", &grouped_linear, {"x", "w", "ids", "weights", "residual", "activation"}),
-      op("conv2d", &conv2d, {"x", "w", "bias", "scale", "residual", "kernel", "stride", "pad", "activation"}),
+      op("conv2d", &conv2d,
+         {"x", "w", "bias", "scale", "residual", "kernel", "stride", "pad", "resize", "activation"}),
       op("depthwiseConvNorm", &depthwise_conv_norm, {"x", "w", "bias", "normWeight", "normBias", "eps"}),
       op("rmsNorm", &rms_norm, {"x", "weight", "residual", "eps", "weightOffset"}),
       op("layerNorm", &layer_norm, {"x", "weight", "bias", "residual", "eps"}),
+      op("groupNorm", &group_norm, {"x", "more", "weight", "bias", "groups", "eps", "activation"}),
       op("attention", &attention, {"q", "k", "v", "cuQ", "cuK", "scale", "causal"}),
       op("pagedAttention", &paged_attention,
          {"q", "kPages", "vPages", "blockTable", "cuQ", "contextLens", "scale"}),
@@ -668,6 +764,11 @@ const std::vector<Op>& op_table() {
       op("embedding", &embedding, {"table", "ids", "scale", "out"}),
       op("spliceEmbeddings", &splice_embeddings, {"text", "image", "index"}),
       op("sample", &sample, {"logits", "options", "state", "history", "mask", "topLogprobs"}),
+      op("schedulerStep", &scheduler_step,
+         {"x", "model", "coefficients", "previous", "noise", "halves", "input"}),
+      op("randomNormal", &random_normal, {"seeds", "shape"}),
+      op("toUint8", &to_uint8, {"x", "scale", "offset"}),
+      op("addTile", &add_tile, {"canvas", "tile", "rows", "columns", "y", "x"}),
   };
   return table;
 }

@@ -76,13 +76,18 @@ struct GroupedLinearArgs {
   View out;  // A
 };
 
-// Convolution as a GEMM over patches packed on the fly. w: panels [O, kh*kw*C], patch order (kh, kw, C). Zero
-// padding. residual row of output position r (over B*OH*OW, row-major) is r % R: CLIP adds its position
-// embedding that way.
+// Convolution as a GEMM over patches packed on the fly. w: panels [O, kh*kw*C], patch order (kh, kw, C). The
+// image convolved is x, or x resized to height x width by nearest neighbour (pixel (y, x) of the resized
+// image is x's (y * H / height, x * W / width), rounded down), which is never stored. Around it lie zeros,
+// `pad_before` rows and columns above and left, `pad_after` below and right. residual row of output position
+// r (over B*OH*OW, row-major) is r % R: CLIP adds its position embedding that way.
 struct Conv2dArgs {
-  View x;                         // A [B, H, W, C]
-  View w, bias, scale, residual;  // as in LinearArgs, w not quantized; residual [R, O]
-  int kernel_h, kernel_w, stride, pad;
+  View x;                // A [B, H, W, C]
+  View w;                // as in LinearArgs, not quantized
+  View bias;             // optional [1, O] or [B, O] f32, rows may be strided: row b for image b
+  View scale, residual;  // as in LinearArgs; residual [R, O]
+  int kernel_h, kernel_w, stride, pad_before, pad_after;
+  int height, width;  // of the image convolved: x's own, or what it is resized to
   Activation activation;
   View out;  // A [B, OH, OW, O]
 };
@@ -110,6 +115,18 @@ struct LayerNormArgs {
   View x, residual, weight, bias;
   float eps;
   View out, sum;
+};
+
+// GroupNorm of each image: mean and variance over the pixels and the channels of a group. The channels are
+// those of x, then those of `more` (a UNet's skip connection), (C + C2) / groups to a group.
+struct GroupNormArgs {
+  View x;             // A [B, H, W, C]
+  View more;          // optional A [B, H, W, C2]
+  View weight, bias;  // f32 [C + C2]
+  int groups;
+  float eps;
+  Activation activation;  // none or silu
+  View out;               // A [B, H, W, C + C2]
 };
 
 // Varlen softmax attention. Sequence b: queries cu_q[b]..cu_q[b+1], keys cu_k[b]..cu_k[b+1]. Causal masks
@@ -199,6 +216,46 @@ struct SampleArgs {
   View top_ids;   // out i32 [B, n]; n may be 0 (empty View)
 };
 
+// One step of a diffusion sampler, f32. Row b of coefficients: guidance g, then factors p_x, p_m, c_x, c_m,
+// c_p, c_n, s. Absent terms are zero.
+//   m         = model[b], or with two halves of B images  model[b] + g * (model[B + b] - model[b])
+//   predicted = p_x * x + p_m * m
+//   out       = c_x * x + c_m * m + c_p * previous + c_n * noise
+//   input     = s * out, rounded to A: what the network sees next, once or as two equal halves
+struct SchedulerStepArgs {
+  View x;                // f32 [B, H, W, C]
+  View model;            // optional A [B or 2B, H, W, C]
+  View coefficients;     // f32 [B, 8]
+  View previous, noise;  // optional f32 [B, H, W, C]
+  View out, predicted;   // f32 [B, H, W, C]; predicted only with model
+  View input;            // A [B or 2B, H, W, C]
+};
+
+// Standard normal numbers: Philox4x32-10, key (low, high), counter (i / 4, 0, stream, 0), where element i of
+// a row takes the (i % 4)-th of four Box-Muller results: words (0, 1) give the first two, words (2, 3) the
+// others.
+//   u = (word + 0.5) * 2^-32;  radius = sqrt(-2 ln u_0);  radius * cos(2 pi u_1), radius * sin(2 pi u_1)
+struct RandomNormalArgs {
+  View seeds;  // i32 [B, 3]: key low, key high, stream
+  View out;    // f32 [B, N], contiguous
+};
+
+// out = round(min(max(scale * x + offset, 0), 255)), ties to even; NaN gives 0.
+struct ToUint8Args {
+  View x;  // A, contiguous
+  float scale, offset;
+  View out;  // u8, contiguous
+};
+
+// canvas[b, y + i, x + j, :] += rows[i] * columns[j] * tile[b, i, j, :]. Overlapping tiles whose weights add
+// up to one blend.
+struct AddTileArgs {
+  View canvas;         // f32 [B, H, W, C], written
+  View tile;           // A [B, h, w, C]
+  View rows, columns;  // f32 [h], [w]
+  int y, x;
+};
+
 // clang-format off
 // Every op once: X(function name of a backend, argument struct).
 #define MGM_OPS(X)                                 \
@@ -213,6 +270,7 @@ struct SampleArgs {
   X(depthwise_conv_norm, DepthwiseConvNormArgs)    \
   X(rms_norm, RmsNormArgs)                         \
   X(layer_norm, LayerNormArgs)                     \
+  X(group_norm, GroupNormArgs)                     \
   X(attention, AttentionArgs)                      \
   X(paged_attention, PagedAttentionArgs)           \
   X(rope_and_cache, RopeAndCacheArgs)              \
@@ -220,7 +278,11 @@ struct SampleArgs {
   X(resize_bilinear, ResizeBilinearArgs)           \
   X(embedding, EmbeddingArgs)                      \
   X(splice_embeddings, SpliceEmbeddingsArgs)       \
-  X(sample, SampleArgs)
+  X(sample, SampleArgs)                            \
+  X(scheduler_step, SchedulerStepArgs)             \
+  X(random_normal, RandomNormalArgs)               \
+  X(to_uint8, ToUint8Args)                         \
+  X(add_tile, AddTileArgs)
 // clang-format on
 
 }  // namespace mgm

@@ -286,6 +286,7 @@ class CpuDevice : public Device {
   MGM_ENQUEUE(depthwise_conv_norm, DepthwiseConvNormArgs)
   MGM_ENQUEUE(rms_norm, RmsNormArgs)
   MGM_ENQUEUE(layer_norm, LayerNormArgs)
+  MGM_ENQUEUE(group_norm, GroupNormArgs)
   MGM_ENQUEUE(attention, AttentionArgs)
   MGM_ENQUEUE(paged_attention, PagedAttentionArgs)
   MGM_ENQUEUE(rope_and_cache, RopeAndCacheArgs)
@@ -294,6 +295,10 @@ class CpuDevice : public Device {
   MGM_ENQUEUE(embedding, EmbeddingArgs)
   MGM_ENQUEUE(splice_embeddings, SpliceEmbeddingsArgs)
   MGM_ENQUEUE(sample, SampleArgs)
+  MGM_ENQUEUE(scheduler_step, SchedulerStepArgs)
+  MGM_ENQUEUE(random_normal, RandomNormalArgs)
+  MGM_ENQUEUE(to_uint8, ToUint8Args)
+  MGM_ENQUEUE(add_tile, AddTileArgs)
 #undef MGM_ENQUEUE
 
   void pack_linear(const PackLinearArgs& args) override {

@@ -12,6 +12,7 @@ struct Patches {
   int64_t height, width, channels;
   int64_t out_height, out_width;
   int64_t kernel_w, stride, pad;
+  int64_t resized_height, resized_width;  // of the image that is convolved
 };
 
 MGM_INLINE void zero(float* p, int64_t n) {
@@ -21,16 +22,16 @@ MGM_INLINE void copy(float* to, const float* from, int64_t n) {
   std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
 }
 
-// Entries [begin, end) of one kernel row: pixels ix, ix + 1, ... of the image row `line`.
+// Entries [begin, end) of one kernel row: pixels ix, ix + 1, ... of the row that `line` of x is resized to.
 void fill_run(const Patches& p, const float* line, int64_t ix, int64_t begin, int64_t end, float* dst) {
-  if (p.pixel_stride != p.channels) {
+  if (p.pixel_stride != p.channels || p.resized_width != p.width) {
     for (int64_t at = begin; at < end;) {
       const int64_t pixel = ix + at / p.channels, channel = at % p.channels;
       const int64_t n = p.channels - channel < end - at ? p.channels - channel : end - at;
-      if (pixel < 0 || pixel >= p.width)
+      if (pixel < 0 || pixel >= p.resized_width)
         zero(dst, n);
       else
-        copy(dst, line + pixel * p.pixel_stride + channel, n);
+        copy(dst, line + pixel * p.width / p.resized_width * p.pixel_stride + channel, n);
       dst += n;
       at += n;
     }
@@ -53,10 +54,11 @@ void fill_patch(const void* context, int64_t row, int64_t k0, int kc, float* dst
   int64_t iy = oy * p.stride - p.pad + k0 / run, begin = k0 % run, left = kc;
   while (left > 0) {
     const int64_t end = begin + left < run ? begin + left : run;
-    if (iy < 0 || iy >= p.height)
+    if (iy < 0 || iy >= p.resized_height)
       zero(dst, end - begin);
     else
-      fill_run(p, p.x + b * p.batch_stride + iy * p.row_stride, ix, begin, end, dst);
+      fill_run(p, p.x + b * p.batch_stride + iy * p.height / p.resized_height * p.row_stride, ix, begin, end,
+               dst);
     dst += end - begin;
     left -= end - begin;
     begin = 0;
@@ -68,11 +70,16 @@ void fill_patch(const void* context, int64_t row, int64_t k0, int kc, float* dst
 
 void conv2d(const Conv2dArgs& args, ThreadPool& pool) {
   const View &x = args.x, &out = args.out;
-  const Patches patches = {x.f32(),    x.strides[0], x.strides[1], x.strides[2],  x.shape[1],  x.shape[2],
-                           x.shape[3], out.shape[1], out.shape[2], args.kernel_w, args.stride, args.pad};
+  const Patches patches = {x.f32(),     x.strides[0],    x.strides[1], x.strides[2], x.shape[1],
+                           x.shape[2],  x.shape[3],      out.shape[1], out.shape[2], args.kernel_w,
+                           args.stride, args.pad_before, args.height,  args.width};
   Gemm g;
   set_weights(g, args.w);
   set_epilogue(g, args.bias, args.scale, args.residual, args.activation);
+  if (args.bias && args.bias.shape[0] > 1) {
+    g.bias_stride = args.bias.strides[0];
+    g.bias_rows = out.shape[1] * out.shape[2];
+  }
   g.rows = out.shape[0] * out.shape[1] * out.shape[2];
   g.fill = fill_patch;
   g.context = &patches;

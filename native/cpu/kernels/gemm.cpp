@@ -58,16 +58,17 @@ void finish(const Gemm& g, const float* c, const float* up, int64_t row, int row
     float* out = g.out + (g.out_rows ? g.out_rows[row] : row) * g.out_stride + column;
     const float* residual =
         g.residual ? g.residual + row % g.residual_rows * g.residual_stride + column : nullptr;
+    const float* bias = g.bias_rows ? g.bias + row / g.bias_rows * g.bias_stride : g.bias;
     for (int j = 0; j < kPanel; j += kWidth) {
       const int64_t left = g.n - column - j;
       if (left <= 0) break;
       const int n = left < kWidth ? static_cast<int>(left) : kWidth;
       vf y = load(c + r * kPanel + j);
-      if (g.bias) y = y + load_upto(g.bias + column + j, n);
+      if (bias) y = y + load_upto(bias + column + j, n);
       y = activate<A>(y);
       if (up) {
         vf u = load(up + r * kPanel + j);
-        if (g.bias) u = u + load_upto(g.bias + g.n + column + j, n);
+        if (bias) u = u + load_upto(bias + g.n + column + j, n);
         y = y * u;
       }
       if (g.scale && residual)

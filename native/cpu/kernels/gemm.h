@@ -20,7 +20,9 @@ struct Gemm {
   DType dtype = DType::f32;
   bool gated = false;
 
-  const float* bias = nullptr;      // [n] (gated: [2n])
+  // [n] (gated: [2n]); if bias_rows is set, a row of them for every bias_rows rows of A.
+  const float* bias = nullptr;
+  int64_t bias_stride = 0, bias_rows = 0;
   const float* scale = nullptr;     // [n]
   const float* residual = nullptr;  // [residual_rows, n], added to row r % residual_rows
   int64_t residual_stride = 0, residual_rows = 1;

@@ -1,5 +1,6 @@
 #include "conv2d.h"
 
+#include "../../runtime/error.h"
 #include "gemm_launch.h"
 
 namespace mgm::cuda {
@@ -17,7 +18,10 @@ static_assert(kLarge == 0 && kSmall == 1 && kThin == 2, "the order of kKernels")
 
 void conv2d(Queue& queue, const Conv2dArgs& args) {
   const View &x = args.x, &out = args.out;
-  const bool runs = args.pad == 0;
+  if (args.pad_before != args.pad_after || args.height != x.shape[1] || args.width != x.shape[2] ||
+      (args.bias && args.bias.shape[0] > 1))
+    throw Error("UNSUPPORTED", "[conv2d] has no such CUDA kernel yet");
+  const bool runs = args.pad_before == 0;
   const int64_t channels = x.shape[3], row = x.shape[2] * channels,
                 run = runs ? args.kernel_w * channels : channels;
   const int64_t m = out.shape[0] * out.shape[1] * out.shape[2], n = out.shape[3];
@@ -39,7 +43,7 @@ void conv2d(Queue& queue, const Conv2dArgs& args) {
   p.kernel_h = args.kernel_h;
   p.kernel_w = runs ? 1 : args.kernel_w;
   p.stride = args.stride;
-  p.pad = args.pad;
+  p.pad = args.pad_before;
   p.epilogue = epilogue_of(args.w, args.bias, args.scale, args.residual, args.activation, out);
 
   // Whether runs, and the distances of their beginnings, are multiples of `elements`.
