@@ -1,6 +1,7 @@
 // Packed weights (layout: gemm.h): from rows to panels, and rows back out of them. Packing runs once, at
-// load; a warp packs a block of a row, a lane an element. Rows are read for embeddings, an element a thread:
-// of 16-bit tables the 2 C bytes of a row and no others, in whole sectors.
+// load: a warp reads a block's rows in runs of 32 columns, turns them around in shared memory, and writes the
+// block as one range, so every sector of either side moves once. Rows are read for embeddings, an element a
+// thread: of 16-bit tables the 2 C bytes of a row and no others, in whole sectors.
 #include "common.cuh"
 #include "pack.h"
 
@@ -16,84 +17,140 @@ __device__ __forceinline__ uint16_t half_at_least(float x) {
   return __half_as_ushort(h) + (__half2float(h) < x);
 }
 
-template <class Reduce>
-__device__ __forceinline__ float warp_reduce(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance >>= 1)
-    value = Reduce::of(value, __shfl_xor_sync(kAllLanes, value, distance));
-  return value;
-}
-
-// A warp's lane has column k of a block, `in` if it is one of K's.
+// Lane 4g + t of a warp has eight elements of row g of a block, in the panel's order.
 struct Packed {
   uint8_t* block;
-  int row, k;
-  float w;
-  bool in;
+  float w[8];
+  int columns;  // of the block, that are K's
+  bool mine;    // whether row g is this launch's to write
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static int row() { return lane() / 4; }
+  __device__ static bool first_of_row() { return lane() % 4 == 0; }
+  __device__ static int column(int i) { return i / 2 * 8 + lane() % 4 * 2 + i % 2; }
+
+  // A block's row with a NaN or an infinity cannot be quantized; it becomes NaN so that the damage shows.
+  __device__ bool finite() const {
+    bool all = true;
+#pragma unroll
+    for (float value : w) all = all && isfinite(value);
+    const unsigned of_row = 0xfu << row() * 4;
+    return (__ballot_sync(kAllLanes, all) & of_row) == of_row;
+  }
 };
+
+__device__ __forceinline__ float row_min(float value) {
+  value = fminf(value, __shfl_xor_sync(kAllLanes, value, 1));
+  return fminf(value, __shfl_xor_sync(kAllLanes, value, 2));
+}
+__device__ __forceinline__ float row_max(float value) {
+  return -row_min(-value);
+}
 
 template <class T>
 __device__ void store_half(const Packed& at) {
-  reinterpret_cast<T*>(at.block)[(at.row * 4 + lane_of(at.k)) * 8 + index_of(at.k)] = from_float<T>(at.w);
+  if (at.mine) store_vector(reinterpret_cast<T*>(at.block) + at.lane() * 8, rounded<T>(at.w));
 }
 
-// A block with a NaN or an infinity cannot be quantized; it becomes NaN so that the damage shows.
 __device__ void store_int8(const Packed& at) {
-  const float largest = warp_reduce<Max>(fabsf(at.w));
-  const bool finite = __all_sync(kAllLanes, isfinite(at.w));
-  const uint16_t scale = finite ? half_at_least(largest / 127.0f) : kHalfNan;
+  float largest = 0.0f;
+#pragma unroll
+  for (float value : at.w) largest = fmaxf(largest, fabsf(value));
+  largest = row_max(largest);
+  const uint16_t scale = at.finite() ? half_at_least(largest / 127.0f) : kHalfNan;
   const float step = __half2float(__ushort_as_half(scale)), inverse = step > 0.0f ? 1.0f / step : 0.0f;
-  const int q = __float2int_rn(fminf(fmaxf(at.w * inverse, -127.0f), 127.0f));
-  at.block[(at.row * 4 + lane_of(at.k)) * 8 + index_of(at.k)] = static_cast<uint8_t>(q);
-  if (at.k == 0) reinterpret_cast<uint16_t*>(at.block + 256)[at.row] = scale;
+  Vector<int8_t, 8> q;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    q.at[i] = static_cast<int8_t>(__float2int_rn(fminf(fmaxf(at.w[i] * inverse, -127.0f), 127.0f)));
+  if (!at.mine) return;
+  store_vector(reinterpret_cast<int8_t*>(at.block) + at.lane() * 8, q);
+  if (at.first_of_row()) reinterpret_cast<uint16_t*>(at.block + 256)[at.row()] = scale;
 }
 
 __device__ void store_int4(const Packed& at) {
-  const float least = warp_reduce<Min>(at.in ? at.w : __int_as_float(0x7f800000));
-  const float most = warp_reduce<Max>(at.in ? at.w : __int_as_float(0xff800000));
-  const bool finite = __all_sync(kAllLanes, isfinite(at.w));
+  const float infinity = __int_as_float(0x7f800000);
+  float least = infinity, most = -infinity;
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (at.column(i) < at.columns) {
+      least = fminf(least, at.w[i]);
+      most = fmaxf(most, at.w[i]);
+    }
+  least = row_min(least);
+  most = row_max(most);
+  const bool finite = at.finite();
   const uint16_t min =
       finite ? __half_as_ushort(__float2half_rn(fminf(fmaxf(least, -65504.0f), 65504.0f))) : kHalfNan;
   const float low = __half2float(__ushort_as_half(min)), range = most - low;
   const uint16_t scale = finite ? half_at_least(range > 0.0f ? range / 15.0f : 0.0f) : kHalfNan;
   const float step = __half2float(__ushort_as_half(scale)), inverse = step > 0.0f ? 1.0f / step : 0.0f;
-  const int q = __float2int_rn(fminf(fmaxf((at.w - low) * inverse, 0.0f), 15.0f));
-  // Lane t < 4 collects the word of fragment lane t.
   uint32_t word = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    word |= static_cast<uint32_t>(__shfl_sync(kAllLanes, q, i / 2 * 8 + at.k % 4 * 2 + i % 2)) << i * 4;
-  if (at.k < 4) reinterpret_cast<uint32_t*>(at.block)[at.row * 4 + at.k] = word;
-  if (at.k == 0)
-    reinterpret_cast<uint32_t*>(at.block + 128)[at.row] = scale | static_cast<uint32_t>(min) << 16;
+  for (int i = 0; i < 8; ++i) {
+    const float q = fminf(fmaxf((at.w[i] - low) * inverse, 0.0f), 15.0f);
+    word |= static_cast<uint32_t>(__float2int_rn(q)) << i * 4;
+  }
+  if (!at.mine) return;
+  reinterpret_cast<uint32_t*>(at.block)[at.lane()] = word;
+  if (at.first_of_row())
+    reinterpret_cast<uint32_t*>(at.block + 128)[at.row()] = scale | static_cast<uint32_t>(min) << 16;
 }
 
-__device__ __forceinline__ float weight_at(const PackParams& p, int64_t i) {
-  if (p.dtype == kBf16) return to_float(static_cast<const __nv_bfloat16*>(p.x)[i]);
-  if (p.dtype == kF16) return to_float(static_cast<const __half*>(p.x)[i]);
-  return static_cast<const float*>(p.x)[i];
+constexpr int kPackWarps = kPackThreads / 32;
+// The lanes of half a warp read pairs of four rows, from all banks.
+constexpr int kTurnedRow = kBlockK + 8;
+
+// Column k of rows `first`, `first` + 1, ... of x, zeros where there is none.
+template <class T>
+__device__ __forceinline__ void turn(const PackParams& p, int64_t first, int64_t k,
+                                     float (&turned)[kPanelRows][kTurnedRow]) {
+  float values[kPanelRows];
+#pragma unroll
+  for (int g = 0; g < kPanelRows; ++g) {
+    const int64_t row = first + g;
+    const bool in = k < p.k && row >= 0 && row < p.count;
+    values[g] = in ? to_float(static_cast<const T*>(p.x)[row * p.x_stride + k]) : 0.0f;
+  }
+#pragma unroll
+  for (int g = 0; g < kPanelRows; ++g) turned[g][Packed::lane()] = values[g];
 }
 
 template <WeightType kWeights, class Store>
 __device__ __forceinline__ void pack(const PackParams& p, Store store) {
-  const int64_t row = blockIdx.x,
-                block = static_cast<int64_t>(blockIdx.y) * (kPackThreads / 32) + threadIdx.x / 32;
+  __shared__ alignas(8) float all_turned[kPackWarps][kPanelRows][kTurnedRow];
+  auto& turned = all_turned[threadIdx.x / 32];
+  const int64_t panel = blockIdx.x, block = static_cast<int64_t>(blockIdx.y) * kPackWarps + threadIdx.x / 32;
   if (block >= blocks_of(p.k)) return;
-  int64_t to;
-  if (p.x) {
-    to = packed_row(p.first + row, p.gates);
-  } else if (p.gates) {
-    // Half of the padding follows the gate, half of it up.
-    const int64_t each = gridDim.x / 2, filled = kPanelRows - each, last = p.gates / kPanelRows * 2;
-    to = (last + row / each) * kPanelRows + filled + row % each;
-  } else {
-    to = p.first + row;
+
+  // Rows of the stacked matrix that this panel holds, and of x.
+  const bool gated = p.gates > 0;
+  const int64_t start = (gated ? panel / 2 : panel) * kPanelRows, end = gated ? p.gates : p.rows;
+  const int64_t first = start + (gated ? panel % 2 * p.gates : 0) - p.first;
+  const int64_t row = first + Packed::row();
+  const bool padding = start + Packed::row() >= end;
+  const bool mine = padding ? p.first + p.count == p.rows : row >= 0 && row < p.count;
+  if (!__any_sync(kAllLanes, mine)) return;
+
+  const int64_t k = block * kBlockK + Packed::lane();
+  if (p.dtype == kBf16)
+    turn<__nv_bfloat16>(p, first, k, turned);
+  else if (p.dtype == kF16)
+    turn<__half>(p, first, k, turned);
+  else
+    turn<float>(p, first, k, turned);
+  __syncwarp();
+
+  Packed at{p.out + panel * panel_bytes(kWeights, p.k) + block * block_bytes(kWeights),
+            {},
+            static_cast<int>(p.k - block * kBlockK),
+            mine};
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(&turned[at.row()][at.column(i)]);
+    at.w[i] = padding ? 0.0f : pair.x;
+    at.w[i + 1] = padding ? 0.0f : pair.y;
   }
-  const int lane = threadIdx.x % 32;
-  const int64_t k = block * kBlockK + lane;
-  const bool in = p.x && k < p.k;
-  store(Packed{p.out + to / kPanelRows * panel_bytes(kWeights, p.k) + block * block_bytes(kWeights),
-               static_cast<int>(to % kPanelRows), lane, in ? weight_at(p, row * p.x_stride + k) : 0.0f, in});
+  store(at);
 }
 
 __device__ __forceinline__ float nibble(uint32_t word, int i) {

@@ -10,10 +10,11 @@ constexpr int32_t kBf16 = 1, kF16 = 2;  // of mgm::DType
 
 constexpr int kPackThreads = 256;
 struct PackParams {
-  const void* x;  // [rows, k], rows x_stride elements apart; null: zeros
-  uint8_t* out;
-  int64_t k, x_stride;
+  const void* x;  // [count, k], rows x_stride elements apart
+  uint8_t* out;   // panels [rows, k]
+  int64_t count, k, x_stride;
   int64_t first;  // row of the stacked matrix that x begins at
+  int64_t rows;   // of the stacked matrix; whoever packs its last fills up the panels
   int64_t gates;  // of gated panels: number of gate rows; else 0
   int32_t dtype;  // of x, as mgm::DType
 };

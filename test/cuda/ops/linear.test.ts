@@ -152,6 +152,25 @@ cudaTests('linear on CUDA', cuda => {
     )
   })
 
+  it.each(['bf16', 'int8', 'int4'] as const)(
+    'packs gate and up in parts as it packs them whole: %s',
+    async w => {
+      const random = new Random()
+      const [n, k] = [13, 45]
+      const { a } = cuda.inputs(cuda.gpu, 'bf16')
+      const x = a(random.normals(3 * k), [3, k])
+      const whole = a(random.normals(2 * n * k), [2 * n, k])
+      const run = (weights: Tensor | Tensor[]) =>
+        floats(ops.linear(x, ops.packLinear(weights, { dtype: w, gated: true }), { out: 'f32' }))
+      const expected = await run(whole)
+      for (const cuts of [[n], [5, n, 19]]) {
+        const edges = [0, ...cuts, 2 * n]
+        const parts = edges.slice(1).map((end, i) => whole.narrow(0, edges[i]!, end - edges[i]!))
+        expect(await run(parts), `${cuts}, seed ${random.seed}`).toEqual(expected)
+      }
+    },
+  )
+
   it.each(HALVES.flatMap(dtype => [dtype, 'int8', 'int4'].map(w => ({ dtype, w }))))(
     'gives a row the same bits alone and among many, in every tile: $dtype by $w',
     async ({ dtype, w }) => {
