@@ -8,6 +8,8 @@ import { randomF32 } from '../harness.ts'
 /** What an op cannot do without: every byte of operands and results once, and the products of the formula. */
 export interface Work {
   bytes: number
+  /** Of those, what every block of a kernel that deals rows out to blocks has to read for itself: weights of channels. */
+  sharedBytes?: number
   /** On the tensor cores. */
   tensorFlops: number
 }
@@ -269,6 +271,7 @@ function norms(): KernelCase[] {
     name: `${name} ${tokens}×${channels}`,
     work: {
       bytes: bytes([[tokens * (sum ? 4 : 2), channels]]) + (op === 'layerNorm' ? 8 : 4) * channels,
+      sharedBytes: (op === 'layerNorm' ? 8 : 4) * channels,
       tensorFlops: 0,
     },
     sampled: true,

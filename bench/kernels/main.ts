@@ -18,6 +18,7 @@ import {
   picture,
   type Report,
   rooflineTable,
+  sharedReads,
   shortfalls,
 } from './report.ts'
 
@@ -110,6 +111,8 @@ async function main(): Promise<void> {
   )
   const short = shortfalls(report)
   console.log(short.length === 0 ? 'nothing falls short' : `falls short:\n- ${short.join('\n- ')}`)
+  const shared = sharedReads(report)
+  if (shared.length > 0) console.log(`every block reads what all share:\n- ${shared.join('\n- ')}`)
 
   const results = join(root, 'bench', 'results')
   mkdirSync(results, { recursive: true })

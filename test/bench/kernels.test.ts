@@ -3,7 +3,15 @@ import { CASES, caseKey } from '../../bench/kernels/cases.ts'
 import { conflictsWithin, type Launch, leastSectors, totals } from '../../bench/kernels/counters.ts'
 import { GPUS, occupancy, roofline } from '../../bench/kernels/gpus.ts'
 import { parseBounds, parseHotLines, parseUsage } from '../../bench/kernels/images.ts'
-import { caseRow, kernelRow, picture, type Report, shortfalls, table } from '../../bench/kernels/report.ts'
+import {
+  caseRow,
+  kernelRow,
+  picture,
+  type Report,
+  sharedReads,
+  shortfalls,
+  table,
+} from '../../bench/kernels/report.ts'
 import { innermostLoop, localAccesses, loops, parseSass } from '../../bench/kernels/sass.ts'
 
 /** A line of nvdisasm -hex -c and the second word below it, with its stall count where the hardware has it. */
@@ -264,6 +272,28 @@ describe('the report', () => {
     expect(shortfalls({ ...report(made('ours', 20)), cases: [row] })[0]).toMatch(/times the least sectors/)
     const failed = caseRow(product!, { key: 'x', launches: [], error: 'no kernel yet' }, [])
     expect(shortfalls({ ...report(made('ours', 20)), cases: [failed] })[0]).toMatch(/no kernel yet/)
+  })
+
+  it('holds norms to the least for their number of blocks, and says how many would meet the other', () => {
+    const norm = {
+      ...CASES.find(one => one.op === 'layerNorm')!,
+      work: { bytes: 64000, sharedBytes: 1600, tensorFlops: 0 },
+    }
+    const of = (sectors: number) => {
+      const launches = [
+        { ...LAUNCH, grid: [5, 1, 1] as [number, number, number], globalSectorsTouched: sectors },
+      ]
+      return { ...report(made('ours', 20)), cases: [caseRow(norm, { key: 'norm', launches }, [])] }
+    }
+    // 2000 sectors at least, 2200 for five blocks.
+    expect(sharedReads(of(2200))).toEqual([
+      `${caseKey(norm)}: 1.100 times the least sectors, 1.000 times the least for 5 blocks; ` +
+        'to stay within 1.05 of the former it would have to run on 3 multiprocessors instead of 5',
+    ])
+    expect(shortfalls(of(2200))).toEqual([])
+    expect(sharedReads(of(2350))).toEqual([])
+    expect(shortfalls(of(2350))[0]).toMatch(/1\.175 times the least sectors/)
+    expect(sharedReads(of(2050))).toEqual([])
   })
 
   it('draws bars of both', () => {
