@@ -45,9 +45,9 @@ export class ResnetBlock {
     const rows = x.reshape(-1, x.shape[3]!)
     if (!w) return rows
     const projected = linear(rows, w.input, { bias: w.bias })
-    return skip && w.skip
-      ? linear(skip.reshape(-1, skip.shape[3]!), w.skip, { residual: projected })
-      : projected
+    if (!skip || !w.skip) return projected
+    const { skip: weight } = w
+    return advance(projected, residual => linear(skip.reshape(-1, skip.shape[3]!), weight, { residual }))
   }
 }
 

@@ -79,16 +79,14 @@ export function timeWidth(config: UnetConfig): number {
   return 4 * config.block_out_channels[0]!
 }
 
+type ResnetChannels = Pick<ResnetConfig, 'in' | 'skip' | 'out'>
+
 /** A ResNet whose first convolution's bias is that image's time embedding. */
 class TimedResnet {
   private readonly resnet: ResnetBlock
   private readonly columns: { start: number; length: number }
 
-  constructor(
-    { loader, config, condition }: Source,
-    weights: Weights,
-    channels: Pick<ResnetConfig, 'in' | 'skip' | 'out'>,
-  ) {
+  constructor({ loader, config, condition }: Source, weights: Weights, channels: ResnetChannels) {
     this.columns = condition.addTime(weights, channels.out, timeWidth(config))
     this.resnet = new ResnetBlock(loader, weights, {
       ...channels,
@@ -264,40 +262,68 @@ export function cumulative(device: Device, n: number, length: number): Tensor {
   return device.tensor(ends, [n + 1])
 }
 
-/** A ResNet and, where the block attends to the prompt, a transformer. */
-interface Layer {
-  readonly resnet: TimedResnet
-  readonly transformer: SpatialTransformer | undefined
-}
-
-/** What a block is made of. */
 export interface BlockShape {
-  /** Channels of its input. */
+  /** Channels of the input. */
   in: number
-  /** Channels of its ResNets. */
+  /** Channels of the ResNets. */
   out: number
-  /** Blocks and heads of each transformer; undefined: a block without attention. */
+  /** Blocks and heads of each transformer; undefined: there are none. */
   attention: { depth: number; heads: number } | undefined
 }
 
-function loadTransformer(source: Source, weights: Weights, i: number, { out, attention }: BlockShape) {
-  const transformer = under(weights, `attentions.${i}.`)
-  return attention && SpatialTransformer.load(source, transformer, { channels: out, ...attention })
+export interface DownShape extends BlockShape {
+  layers: number
+  downsample: boolean
 }
 
-/** The layer's transformer, if it has one, over its ResNet's result `h`, which is freed. */
-function attend(
-  { transformer }: Layer,
-  i: number,
-  h: Tensor,
-  step: StepCondition,
-  observe?: Observe,
-): Tensor {
-  observe?.(`resnets.${i}`, h)
-  if (!transformer) return h
-  const attended = advance(h, h => transformer.forward(h, step, within(observe, `attentions.${i}.`)))
-  observe?.(`attentions.${i}`, attended)
-  return attended
+export interface UpShape extends BlockShape {
+  /** Channels of the skip connection that each layer takes. */
+  skips: readonly number[]
+  upsample: boolean
+}
+
+/** A ResNet and, in a block that attends to the prompt, a transformer. */
+class Layer {
+  private readonly index: number
+  private readonly resnet: TimedResnet
+  private readonly transformer: SpatialTransformer | undefined
+
+  private constructor(index: number, resnet: TimedResnet, transformer: SpatialTransformer | undefined) {
+    this.index = index
+    this.resnet = resnet
+    this.transformer = transformer
+  }
+
+  /** `resnets.<index>` and `attentions.<index>` of a block. */
+  static async load(
+    source: Source,
+    weights: Weights,
+    index: number,
+    channels: ResnetChannels,
+    attention: BlockShape['attention'],
+  ): Promise<Layer> {
+    const resnet = new TimedResnet(source, under(weights, `resnets.${index}.`), channels)
+    const transformer =
+      attention &&
+      (await SpatialTransformer.load(source, under(weights, `attentions.${index}.`), {
+        channels: channels.out,
+        ...attention,
+      }))
+    await source.loader.pause()
+    return new Layer(index, resnet, transformer)
+  }
+
+  /** x [N, H, W, C], skip [N, H, W, C2] → [N, H, W, out]. With a skip connection, that is on the way up, frees both. */
+  forward(x: Tensor, step: StepCondition, observe?: Observe, skip?: Tensor): Tensor {
+    const { index, transformer } = this
+    const h = this.resnet.forward(x, step, skip)
+    if (skip) for (const used of [x, skip]) used.dispose()
+    observe?.(`resnets.${index}`, h)
+    if (!transformer) return h
+    const attended = advance(h, h => transformer.forward(h, step, within(observe, `attentions.${index}.`)))
+    observe?.(`attentions.${index}`, attended)
+    return attended
+  }
 }
 
 /** Names of a part, with those of the whole before them. */
@@ -315,18 +341,12 @@ export class DownBlock {
     this.downsampler = downsampler
   }
 
-  static async load(
-    source: Source,
-    weights: Weights,
-    shape: BlockShape & { layers: number; downsample: boolean },
-  ): Promise<DownBlock> {
+  static async load(source: Source, weights: Weights, shape: DownShape): Promise<DownBlock> {
     const { out } = shape
     const layers: Layer[] = []
     for (let i = 0; i < shape.layers; i++) {
       const channels = { in: i === 0 ? shape.in : out, out }
-      const resnet = new TimedResnet(source, under(weights, `resnets.${i}.`), channels)
-      layers.push({ resnet, transformer: await loadTransformer(source, weights, i, shape) })
-      await source.loader.pause()
+      layers.push(await Layer.load(source, weights, i, channels, shape.attention))
     }
     const downsampler = shape.downsample
       ? loadConv(source.loader, under(weights, 'downsamplers.0.conv.'), out, out)
@@ -337,8 +357,8 @@ export class DownBlock {
   /** x [N, H, W, in] → [N, ⌈H/2⌉, ⌈W/2⌉, out], or of x's size without a downsampler. Every result goes to `skips`, the last too. */
   forward(x: Tensor, skips: Tensor[], step: StepCondition, observe?: Observe): Tensor {
     let h = x
-    for (const [i, layer] of this.layers.entries()) {
-      h = attend(layer, i, layer.resnet.forward(h, step), step, observe)
+    for (const layer of this.layers) {
+      h = layer.forward(h, step, observe)
       skips.push(h)
     }
     if (this.downsampler) {
@@ -362,16 +382,13 @@ export class MidBlock {
 
   static async load(source: Source, weights: Weights, shape: BlockShape): Promise<MidBlock> {
     const channels = { in: shape.in, out: shape.out }
-    const first = {
-      resnet: new TimedResnet(source, under(weights, 'resnets.0.'), channels),
-      transformer: await loadTransformer(source, weights, 0, shape),
-    }
+    const first = await Layer.load(source, weights, 0, channels, shape.attention)
     return new MidBlock(first, new TimedResnet(source, under(weights, 'resnets.1.'), channels))
   }
 
   /** x [N, H, W, C] → [N, H, W, C]. */
   forward(x: Tensor, step: StepCondition, observe?: Observe): Tensor {
-    const h = attend(this.first, 0, this.first.resnet.forward(x, step), step, observe)
+    const h = this.first.forward(x, step, observe)
     return advance(h, h => this.last.forward(h, step))
   }
 }
@@ -386,19 +403,12 @@ export class UpBlock {
     this.upsampler = upsampler
   }
 
-  /** `shape.skips`: channels of the skip connection that each layer takes. */
-  static async load(
-    source: Source,
-    weights: Weights,
-    shape: BlockShape & { skips: readonly number[]; upsample: boolean },
-  ): Promise<UpBlock> {
+  static async load(source: Source, weights: Weights, shape: UpShape): Promise<UpBlock> {
     const { out } = shape
     const layers: Layer[] = []
     for (const [i, skip] of shape.skips.entries()) {
       const channels = { in: i === 0 ? shape.in : out, skip, out }
-      const resnet = new TimedResnet(source, under(weights, `resnets.${i}.`), channels)
-      layers.push({ resnet, transformer: await loadTransformer(source, weights, i, shape) })
-      await source.loader.pause()
+      layers.push(await Layer.load(source, weights, i, channels, shape.attention))
     }
     const upsampler = shape.upsample
       ? loadConv(source.loader, under(weights, 'upsamplers.0.conv.'), out, out)
@@ -409,12 +419,7 @@ export class UpBlock {
   /** x [N, H, W, in] → [N, H', W', out], with the size of the next skip if there is an upsampler. Frees x and the skips it takes. */
   forward(x: Tensor, skips: Tensor[], step: StepCondition, observe?: Observe): Tensor {
     let h = x
-    for (const [i, layer] of this.layers.entries()) {
-      const skip = skips.pop()!
-      h = advance(h, h => layer.resnet.forward(h, step, skip))
-      skip.dispose()
-      h = attend(layer, i, h, step, observe)
-    }
+    for (const layer of this.layers) h = layer.forward(h, step, observe, skips.pop()!)
     if (!this.upsampler) return h
     const { weight, bias } = this.upsampler
     const [, height, width] = skips.at(-1)!.shape as [number, number, number]

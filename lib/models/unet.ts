@@ -19,11 +19,13 @@ import {
   ConditionLayers,
   cumulative,
   DownBlock,
+  type DownShape,
   loadBiasSum,
   MidBlock,
   type StepCondition,
   timeWidth,
   UpBlock,
+  type UpShape,
   within,
 } from './unet-blocks.ts'
 
@@ -41,42 +43,39 @@ export interface UnetInputs {
   guidance?: readonly number[] | undefined
 }
 
-/** What a request's steps share, computed once: keys and values of the prompts, time embeddings of all ResNets and steps. */
+/**
+ * What a request's steps share, computed once by `Unet.condition`: the prompts' keys and values, and the time embeddings
+ * of all ResNets for all steps. Belongs to whoever asked for it, until `dispose`.
+ */
 export class UnetCondition {
   /** N. */
   readonly images: number
   readonly steps: number
   private readonly device: Device
-  private readonly w: ConditionTensors
+  /** Its `time` is that of all steps: f32 [steps·N, ΣO]. */
+  private readonly tables: StepCondition
 
-  /** Made by `Unet.condition`. */
-  constructor(device: Device, images: number, steps: number, w: ConditionTensors) {
+  constructor(device: Device, images: number, steps: number, tables: StepCondition) {
     this.device = device
     this.images = images
     this.steps = steps
-    this.w = w
+    this.tables = tables
   }
 
-  /** A condition of its own for these images, in this order, of the batch. */
+  /** A condition for these images of the batch, in this order: for the rest of a batch of which some have ended. */
   select(images: readonly number[]): UnetCondition {
-    for (const image of images)
-      if (!Number.isInteger(image) || image < 0 || image >= this.images)
-        throw expected(`integers from 0 to ${this.images - 1}`, 'images', images)
-    const { device, steps, w } = this
-    const tokens = w.keysAndValues.length > 0 ? w.keysAndValues[0]!.shape[0]! / this.images : 0
+    const { device, steps, tables } = this
+    if (images.length === 0 || images.some(i => !Number.isInteger(i) || i < 0 || i >= this.images))
+      throw expected(`integers from 0 to ${this.images - 1}`, 'images', images)
+    const tokens = tables.keysAndValues[0]!.shape[0]! / this.images
     const selected = scope(() => {
-      const rows = (groups: number, perGroup: number, pick: (group: number, row: number) => number) =>
-        device.tensor(
-          Int32Array.from({ length: groups * perGroup }, (_, i) =>
-            pick(Math.floor(i / perGroup), i % perGroup),
-          ),
-          [groups * perGroup],
-        )
-      const times = rows(steps, images.length, (step, i) => step * this.images + images[i]!)
-      const prompts = rows(images.length, tokens, (i, token) => images[i]! * tokens + token)
+      const range = (n: number) => Array.from({ length: n }, (_, i) => i)
+      const ids = (rows: number[]) => device.tensor(rows, [rows.length], 'i32')
+      const times = ids(range(steps).flatMap(step => images.map(image => step * this.images + image)))
+      const prompts = ids(images.flatMap(image => range(tokens).map(token => image * tokens + token)))
       return {
-        time: embedding(w.time, times, { out: 'f32' }),
-        keysAndValues: w.keysAndValues.map(table =>
+        time: embedding(tables.time, times, { out: 'f32' }),
+        keysAndValues: tables.keysAndValues.map(table =>
           embedding(table, prompts, { out: table.dtype as ActivationType }),
         ),
         cuPrompt: cumulative(device, images.length, tokens),
@@ -85,24 +84,26 @@ export class UnetCondition {
     return new UnetCondition(device, images.length, steps, selected)
   }
 
-  /** As blocks see it at step `index`; a view, for use inside a scope. */
+  /** What blocks see at step `index`: views, to be made inside a scope. */
   at(index: number): StepCondition {
     if (!Number.isInteger(index) || index < 0 || index >= this.steps)
       throw expected(`an integer from 0 to ${this.steps - 1}`, 'step', index)
-    return { ...this.w, time: this.w.time.narrow(0, index * this.images, this.images) }
+    return { ...this.tables, time: this.tables.time.narrow(0, index * this.images, this.images) }
   }
 
+  /** Bytes on the device. */
   get byteLength(): number {
-    return [this.w.time, ...this.w.keysAndValues].reduce((sum, tensor) => sum + tensor.byteLength, 0)
+    return this.tensors.reduce((sum, tensor) => sum + tensor.byteLength, 0)
   }
 
   dispose(): void {
-    for (const tensor of [this.w.time, this.w.cuPrompt, ...this.w.keysAndValues]) tensor.dispose()
+    for (const tensor of this.tensors) tensor.dispose()
+  }
+
+  private get tensors(): Tensor[] {
+    return [this.tables.time, this.tables.cuPrompt, ...this.tables.keysAndValues]
   }
 }
-
-/** `StepCondition` of all steps: `time` is f32 [steps·N, ΣO]. */
-type ConditionTensors = StepCondition
 
 /** SDXL's denoising network. Source: `UNet2DConditionModel` of diffusers with `addition_embed_type` text_time. */
 export class Unet {
@@ -121,12 +122,15 @@ export class Unet {
     return new Unet(loader, config, await loadUnet(loader, weights, config))
   }
 
-  /** Runs the layers that depend on prompt or timestep only, for all steps. The result belongs to the caller, outside of any scope. */
+  /**
+   * Runs the layers that depend on prompt or timestep only, for all steps. Not to be called inside a scope, which would
+   * free the result's tensors at its end.
+   */
   condition(inputs: UnetInputs, observe?: Observe): UnetCondition {
-    const { prompt, pooled, timesteps } = inputs
+    const { prompt, timesteps } = inputs
     const images = this.checkInputs(inputs)
     const { device } = this.loader
-    const tensors = scope(() => {
+    const tables = scope(() => {
       const embedded = this.embedTime(inputs, observe)
       return {
         time: linear(embedded, this.w.time.weight, { bias: this.w.time.bias, out: 'f32' }), // [steps·N, ΣO]
@@ -134,7 +138,7 @@ export class Unet {
         cuPrompt: cumulative(device, images, prompt.shape[0]! / images),
       }
     })
-    return new UnetCondition(device, pooled.shape[0]!, timesteps.length, tensors)
+    return new UnetCondition(device, images, timesteps.length, tables)
   }
 
   /** N, if everything fits together. */
@@ -199,6 +203,33 @@ export class Unet {
     return cast(this.loader.device.tensor(data, shape), this.loader.activations)
   }
 
+  /**
+   * Bytes of activations that `forward` has at once at most, of latents [images, height, width]. Skip connections fill up
+   * on the way down and are used on the way up, so that is where the most is: beside them, a ResNet has its input, the
+   * normalised concatenation and a result; a transformer its input, tokens, q, k, v, what they attend to and a result.
+   */
+  bytesAt(height: number, width: number, images: number): number {
+    const { down, up } = blockShapes(this.config)
+    const pixels = down.map((_, level) => Math.ceil(height / 2 ** level) * Math.ceil(width / 2 ** level))
+    const transformer = (channels: number) => 7 * channels
+
+    let skips = this.config.block_out_channels[0]! * pixels[0]!
+    for (const [level, { out, layers, downsample }] of down.entries())
+      skips += out * (layers * pixels[level]! + (downsample ? pixels[level + 1]! : 0))
+    let most = skips + transformer(down.at(-1)!.out) * pixels.at(-1)!
+    for (const [i, block] of up.entries()) {
+      const here = pixels.at(-1 - i)!
+      for (const [layer, skip] of block.skips.entries()) {
+        const input = layer === 0 ? block.in : block.out
+        most = Math.max(most, skips + (input + (input + skip) + block.out) * here)
+        skips -= skip * here
+        if (block.attention) most = Math.max(most, skips + transformer(block.out) * here)
+      }
+      if (block.upsample) most = Math.max(most, skips + block.out * (here + pixels.at(-2 - i)!))
+    }
+    return images * most * (this.loader.activations === 'f32' ? 4 : 2)
+  }
+
   /** latents A [N, h, w, in_channels], scaled as the schedule says → what the model predicts at step `index`, A [N, h, w, out_channels]. */
   forward(latents: Tensor, condition: UnetCondition, index: number, observe?: Observe): Tensor {
     const { w, config } = this
@@ -229,54 +260,58 @@ export class Unet {
   }
 }
 
-async function loadUnet(loader: Loader, weights: Weights, config: UnetConfig) {
+/** The blocks in the order they run. */
+function blockShapes(config: UnetConfig) {
   const {
-    in_channels,
-    out_channels,
-    block_out_channels,
+    block_out_channels: widths,
     layers_per_block,
-    down_block_types,
-    up_block_types,
+    transformer_layers_per_block,
+    attention_heads,
   } = config
-  const { transformer_layers_per_block, attention_heads, time_cond_proj_dim } = config
-  const [first, last] = [block_out_channels[0]!, block_out_channels.at(-1)!]
-  const levels = block_out_channels.length
-  const width = timeWidth(config)
-  const condition = new ConditionLayers()
-  const source = { loader, config, condition }
-  const attentionAt = (level: number, type: string): BlockShape['attention'] =>
+  const last = widths.length - 1
+  const attentionOf = (type: string, level: number) =>
     type.startsWith('CrossAttn')
       ? { depth: transformer_layers_per_block[level]!, heads: attention_heads[level]! }
       : undefined
 
-  const conv_in = loadConv(loader, under(weights, 'conv_in.'), in_channels, first)
-  // Channels of the skip connections, in the order they are pushed.
-  const skips = [first]
-  const down_blocks: DownBlock[] = []
-  for (const [level, out] of block_out_channels.entries()) {
-    const [layers, downsample] = [layers_per_block[level]!, level < levels - 1]
-    const attention = attentionAt(level, down_block_types[level]!)
-    const shape = { in: skips.at(-1)!, out, attention, layers, downsample }
-    down_blocks.push(await DownBlock.load(source, under(weights, `down_blocks.${level}.`), shape))
+  // Channels of the skip connections, in the order they are made.
+  const skips = [widths[0]!]
+  const down = widths.map((out, level): DownShape => {
+    const [layers, downsample] = [layers_per_block[level]!, level < last]
+    const shape = { in: skips.at(-1)!, out, layers, downsample }
     skips.push(...Array<number>(layers + (downsample ? 1 : 0)).fill(out))
-  }
+    return { ...shape, attention: attentionOf(config.down_block_types[level]!, level) }
+  })
+  const mid: BlockShape = { in: widths[last]!, out: widths[last]!, attention: attentionOf('CrossAttn', last) }
+  const up = config.up_block_types.map((type, i): UpShape => {
+    const level = last - i
+    return {
+      in: widths[Math.min(level + 1, last)]!,
+      out: widths[level]!,
+      skips: skips.splice(-layers_per_block[level]! - 1).reverse(),
+      upsample: level > 0,
+      attention: attentionOf(type, level),
+    }
+  })
+  return { down, mid, up }
+}
 
-  const mid = { in: last, out: last, attention: attentionAt(levels - 1, 'CrossAttn') }
-  const mid_block = await MidBlock.load(source, under(weights, 'mid_block.'), mid)
+async function loadUnet(loader: Loader, weights: Weights, config: UnetConfig) {
+  const { in_channels, out_channels, block_out_channels, time_cond_proj_dim } = config
+  const first = block_out_channels[0]!
+  const width = timeWidth(config)
+  const condition = new ConditionLayers()
+  const source = { loader, config, condition }
+  const shapes = blockShapes(config)
 
+  const conv_in = loadConv(loader, under(weights, 'conv_in.'), in_channels, first)
+  const down_blocks: DownBlock[] = []
+  for (const [i, shape] of shapes.down.entries())
+    down_blocks.push(await DownBlock.load(source, under(weights, `down_blocks.${i}.`), shape))
+  const mid_block = await MidBlock.load(source, under(weights, 'mid_block.'), shapes.mid)
   const up_blocks: UpBlock[] = []
-  for (let i = 0; i < levels; i++) {
-    const level = levels - 1 - i
-    up_blocks.push(
-      await UpBlock.load(source, under(weights, `up_blocks.${i}.`), {
-        in: block_out_channels[Math.min(level + 1, levels - 1)]!,
-        out: block_out_channels[level]!,
-        attention: attentionAt(level, up_block_types[i]!),
-        skips: skips.splice(-layers_per_block[level]! - 1).reverse(),
-        upsample: level > 0,
-      }),
-    )
-  }
+  for (const [i, shape] of shapes.up.entries())
+    up_blocks.push(await UpBlock.load(source, under(weights, `up_blocks.${i}.`), shape))
 
   const [time, add] = ['time_embedding.', 'add_embedding.'].map(name => under(weights, name)) as [
     Weights,
