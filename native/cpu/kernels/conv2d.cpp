@@ -1,18 +1,15 @@
 // Convolution as a Gemm whose rows of A are patches, copied straight from the image into the engine's A
 // block. In NHWC the kw pixels of one kernel row are one contiguous run of kw*C floats, so a block of a patch
 // is a few memcpys, and zeros where the kernel hangs over the border.
-#include "gemm.h"
+#include "conv2d.h"
 
 namespace mgm::cpu::MGM_ISA {
 namespace {
 
 struct Patches {
-  const float* x;
-  int64_t batch_stride, row_stride, pixel_stride;
-  int64_t height, width, channels;
+  Images images;
   int64_t out_height, out_width;
   int64_t kernel_w, stride, pad;
-  int64_t resized_height, resized_width;  // of the image that is convolved
 };
 
 MGM_INLINE void zero(float* p, int64_t n) {
@@ -22,27 +19,29 @@ MGM_INLINE void copy(float* to, const float* from, int64_t n) {
   std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
 }
 
-// Entries [begin, end) of one kernel row: pixels ix, ix + 1, ... of the row that `line` of x is resized to.
-void fill_run(const Patches& p, const float* line, int64_t ix, int64_t begin, int64_t end, float* dst) {
-  if (p.pixel_stride != p.channels || p.resized_width != p.width) {
+// Entries [begin, end) of one kernel row: pixels ix, ix + 1, ... of `line`, a row of the image.
+void fill_run(const Images& images, const float* line, int64_t ix, int64_t begin, int64_t end, float* dst) {
+  const int64_t channels = images.channels;
+  if (images.pixel_stride != channels || images.width != images.source_width) {
     for (int64_t at = begin; at < end;) {
-      const int64_t pixel = ix + at / p.channels, channel = at % p.channels;
-      const int64_t n = p.channels - channel < end - at ? p.channels - channel : end - at;
-      if (pixel < 0 || pixel >= p.resized_width)
-        zero(dst, n);
+      const float* pixel = images.pixel(line, ix + at / channels);
+      const int64_t channel = at % channels,
+                    n = channels - channel < end - at ? channels - channel : end - at;
+      if (pixel)
+        copy(dst, pixel + channel, n);
       else
-        copy(dst, line + pixel * p.width / p.resized_width * p.pixel_stride + channel, n);
+        zero(dst, n);
       dst += n;
       at += n;
     }
     return;
   }
   // The entries inside the image.
-  int64_t low = -ix * p.channels, high = (p.width - ix) * p.channels;
+  int64_t low = -ix * channels, high = (images.width - ix) * channels;
   low = low < begin ? begin : low > end ? end : low;
   high = high > end ? end : high < low ? low : high;
   if (low > begin) zero(dst, low - begin);
-  if (high > low) copy(dst + (low - begin), line + ix * p.channels + low, high - low);
+  if (high > low) copy(dst + (low - begin), line + ix * channels + low, high - low);
   if (end > high) zero(dst + (high - begin), end - high);
 }
 
@@ -50,15 +49,14 @@ void fill_patch(const void* context, int64_t row, int64_t k0, int kc, float* dst
   const Patches& p = *static_cast<const Patches*>(context);
   const int64_t ox = row % p.out_width, oy = row / p.out_width % p.out_height,
                 b = row / p.out_width / p.out_height;
-  const int64_t ix = ox * p.stride - p.pad, run = p.kernel_w * p.channels;
+  const int64_t ix = ox * p.stride - p.pad, run = p.kernel_w * p.images.channels;
   int64_t iy = oy * p.stride - p.pad + k0 / run, begin = k0 % run, left = kc;
   while (left > 0) {
     const int64_t end = begin + left < run ? begin + left : run;
-    if (iy < 0 || iy >= p.resized_height)
-      zero(dst, end - begin);
+    if (const float* line = p.images.row(b, iy))
+      fill_run(p.images, line, ix, begin, end, dst);
     else
-      fill_run(p, p.x + b * p.batch_stride + iy * p.height / p.resized_height * p.row_stride, ix, begin, end,
-               dst);
+      zero(dst, end - begin);
     dst += end - begin;
     left -= end - begin;
     begin = 0;
@@ -70,9 +68,6 @@ void fill_patch(const void* context, int64_t row, int64_t k0, int kc, float* dst
 
 void conv2d(const Conv2dArgs& args, ThreadPool& pool) {
   const View &x = args.x, &out = args.out;
-  const Patches patches = {x.f32(),     x.strides[0],    x.strides[1], x.strides[2], x.shape[1],
-                           x.shape[2],  x.shape[3],      out.shape[1], out.shape[2], args.kernel_w,
-                           args.stride, args.pad_before, args.height,  args.width};
   Gemm g;
   set_weights(g, args.w);
   set_epilogue(g, args.bias, args.scale, args.residual, args.activation);
@@ -81,10 +76,15 @@ void conv2d(const Conv2dArgs& args, ThreadPool& pool) {
     g.bias_rows = out.shape[1] * out.shape[2];
   }
   g.rows = out.shape[0] * out.shape[1] * out.shape[2];
-  g.fill = fill_patch;
-  g.context = &patches;
   g.out = out.f32();
   g.out_stride = out.shape[3];
+
+  const Images images = {x.f32(),    x.strides[0], x.strides[1], x.strides[2], x.shape[1],
+                         x.shape[2], x.shape[3],   args.height,  args.width};
+  if (suits_winograd(args)) return winograd(args, images, g, pool);
+  const Patches patches = {images, out.shape[1], out.shape[2], args.kernel_w, args.stride, args.pad_before};
+  g.fill = fill_patch;
+  g.context = &patches;
   gemm(&g, 1, pool);
 }
 

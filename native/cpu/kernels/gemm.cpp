@@ -85,6 +85,8 @@ void finish(const Gemm& g, const float* c, const float* up, int64_t row, int row
   }
 }
 
+}  // namespace
+
 void epilogue(const Gemm& g, const float* c, const float* up, int64_t row, int rows, int64_t column) {
   switch (g.activation) {
     case Activation::none:
@@ -99,6 +101,8 @@ void epilogue(const Gemm& g, const float* c, const float* up, int64_t row, int r
       return finish<Activation::silu>(g, c, up, row, rows, column);
   }
 }
+
+namespace {
 
 // Streaming.
 
@@ -293,6 +297,8 @@ void convert(const uint8_t* panel, int64_t k0, int kc, float* dst) {
   }
 }
 
+}  // namespace
+
 const float* weights_of(const Gemm& g, const uint8_t* panel, int64_t k0, int kc, float* buffer) {
   switch (g.dtype) {
     case DType::bf16:
@@ -312,6 +318,8 @@ const float* weights_of(const Gemm& g, const uint8_t* panel, int64_t k0, int kc,
   }
   return buffer;
 }
+
+namespace {
 
 // Where step k (a multiple of 32) starts in a panel.
 MGM_INLINE int64_t panel_offset(DType dtype, int64_t k) {

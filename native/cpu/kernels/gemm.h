@@ -43,6 +43,14 @@ struct Gemm {
 // the blocks' sums added in order.
 void gemm(Gemm* problems, int count, ThreadPool& pool);
 
+// For those who sum by themselves: out = epilogue(c), where c is [rows, kPanel] sums of one panel, whose
+// first output is `column`. With `up`, c belongs to a gate panel and `up` to the panel that it gates.
+void epilogue(const Gemm& g, const float* c, const float* up, int64_t row, int rows, int64_t column);
+
+// Steps [k0, k0 + kc) of a panel as f32 [kc][kPanel]: where they lie, or converted into `buffer`. k0 is a
+// multiple of 32.
+const float* weights_of(const Gemm& g, const uint8_t* panel, int64_t k0, int kc, float* buffer);
+
 // Sets what linear, conv2d and grouped_linear have in common.
 static inline void set_weights(Gemm& g, const View& w) {
   g.w = w.u8();
