@@ -1,0 +1,449 @@
+import type { VaeConfig } from '../checkpoint/diffusers.ts'
+import { expected } from '../errors.ts'
+import {
+  addTile,
+  attention,
+  type Conv2dOptions,
+  cast,
+  conv2d,
+  groupNorm,
+  linear,
+  packLinear,
+  permute,
+} from '../ops.ts'
+import { scope, type Tensor } from '../tensor.ts'
+import { advance, type Loader, type Observe, under, type Weights } from './loader.ts'
+
+/** Of every GroupNorm. */
+const EPS = 1e-6
+/** The share of a tile that it has in common with its neighbour. */
+const TILE_OVERLAP = 1 / 4
+const SMALLEST_TILE = 8
+
+/** GroupNorm, with SiLU unless an attention follows. */
+class Norm {
+  private readonly weight: Tensor
+  private readonly bias: Tensor
+  private readonly groups: number
+
+  constructor(loader: Loader, weights: Weights, channels: number, groups: number) {
+    this.weight = loader.f32(weights.take('weight', [channels]))
+    this.bias = loader.f32(weights.take('bias', [channels]))
+    this.groups = groups
+  }
+
+  /** x [B, H, W, C] → [B, H, W, C]. */
+  forward(x: Tensor, activation: 'none' | 'silu' = 'silu'): Tensor {
+    return groupNorm(x, this.weight, this.bias, { groups: this.groups, eps: EPS, activation })
+  }
+}
+
+/** A square convolution that keeps height and width unless its options say otherwise. */
+class Conv {
+  private readonly weight: Tensor
+  private readonly bias: Tensor
+  private readonly kernel: number
+
+  /** `used`: how many of the output channels are ever computed. Default: all. */
+  constructor(
+    loader: Loader,
+    weights: Weights,
+    { from, to, kernel, used = to }: { from: number; to: number; kernel: number; used?: number },
+  ) {
+    const weight = weights.take('weight', [to, from, kernel, kernel])
+    const bias = weights.take('bias', [to])
+    this.weight = loader.build(() => {
+      const rows = permute(loader.tensor(weight), [0, 2, 3, 1]).reshape(to, -1)
+      return packLinear(rows.narrow(0, 0, used), { dtype: loader.storage(weight) })
+    })
+    this.bias = loader.build(() => cast(loader.tensor(bias).narrow(0, 0, used), 'f32'))
+    this.kernel = kernel
+  }
+
+  /** x [B, H, W, C] → [B, H, W, O]. */
+  forward(x: Tensor, options: Omit<Conv2dOptions, 'kernel' | 'bias'> = {}): Tensor {
+    const { weight, bias, kernel } = this
+    return conv2d(x, weight, { bias, kernel: [kernel, kernel], pad: kernel >> 1, ...options })
+  }
+}
+
+/** Two normed convolutions and the input, through a 1×1 convolution where widths differ. Source: `ResnetBlock2D` of diffusers. */
+class ResnetBlock {
+  private readonly norm1: Norm
+  private readonly conv1: Conv
+  private readonly norm2: Norm
+  private readonly conv2: Conv
+  private readonly shortcut: Conv | undefined
+
+  private constructor(loader: Loader, weights: Weights, from: number, to: number, groups: number) {
+    this.norm1 = new Norm(loader, under(weights, 'norm1.'), from, groups)
+    this.conv1 = new Conv(loader, under(weights, 'conv1.'), { from, to, kernel: 3 })
+    this.norm2 = new Norm(loader, under(weights, 'norm2.'), to, groups)
+    this.conv2 = new Conv(loader, under(weights, 'conv2.'), { from: to, to, kernel: 3 })
+    if (from !== to)
+      this.shortcut = new Conv(loader, under(weights, 'conv_shortcut.'), { from, to, kernel: 1 })
+  }
+
+  static async load(
+    loader: Loader,
+    weights: Weights,
+    from: number,
+    to: number,
+    groups: number,
+  ): Promise<ResnetBlock> {
+    const block = new ResnetBlock(loader, weights, from, to, groups)
+    await loader.pause()
+    return block
+  }
+
+  /** x [B, H, W, from] → [B, H, W, to]. */
+  forward(x: Tensor): Tensor {
+    return scope(() => {
+      let h = scope(() => this.conv1.forward(this.norm1.forward(x)))
+      h = advance(h, h => this.norm2.forward(h))
+      const residual = this.shortcut?.forward(x) ?? x
+      return this.conv2.forward(h, { residual: residual.reshape(-1, residual.shape[3]!) })
+    })
+  }
+}
+
+/** Attention of one head over all pixels of an image. Source: `Attention` of diffusers, as `UNetMidBlock2D` makes it. */
+class AttentionBlock {
+  private readonly norm: Norm
+  private readonly w: Awaited<ReturnType<typeof loadAttention>>
+  private readonly loader: Loader
+
+  private constructor(loader: Loader, norm: Norm, w: Awaited<ReturnType<typeof loadAttention>>) {
+    this.loader = loader
+    this.norm = norm
+    this.w = w
+  }
+
+  static async load(
+    loader: Loader,
+    weights: Weights,
+    channels: number,
+    groups: number,
+  ): Promise<AttentionBlock> {
+    const norm = new Norm(loader, under(weights, 'group_norm.'), channels, groups)
+    return new AttentionBlock(loader, norm, await loadAttention(loader, weights, channels))
+  }
+
+  /** x [B, H, W, C] → [B, H, W, C]. */
+  forward(x: Tensor): Tensor {
+    return scope(() => {
+      const { w, norm } = this
+      const [batch, height, width, channels] = x.shape as [number, number, number, number]
+      const ends = Int32Array.from({ length: batch + 1 }, (_, b) => b * height * width)
+      const cuQ = this.loader.device.tensor(ends, [batch + 1])
+
+      const qkv = scope(() =>
+        linear(norm.forward(x, 'none').reshape(-1, channels), w.qkv, { bias: w.qkv_bias }),
+      ).reshape(-1, 3, channels)
+      const [q, k, v] = [0, 1, 2].map(i => qkv.narrow(1, i, 1)) as [Tensor, Tensor, Tensor]
+      const attended = attention(q, k, v, { cuQ }).reshape(-1, channels) // [B·H·W, C]
+      return linear(attended, w.to_out, { bias: w.to_out_bias, residual: x.reshape(-1, channels) }).reshape(
+        ...x.shape,
+      )
+    })
+  }
+}
+
+async function loadAttention(loader: Loader, weights: Weights, c: number) {
+  const qkv = ['to_q.', 'to_k.', 'to_v.'].map(name => under(weights, name))
+  return {
+    qkv: loader.linear(qkv.map(part => part.take('weight', [c, c]))),
+    qkv_bias: await loader.concat(qkv.map(part => part.take('bias', [c]))),
+    to_out: loader.linear(weights.take('to_out.0.weight', [c, c])),
+    to_out_bias: loader.f32(weights.take('to_out.0.bias', [c])),
+  }
+}
+
+type Layer = (x: Tensor) => Tensor
+
+interface Block {
+  /** As the checkpoint names it. */
+  readonly name: string
+  readonly layers: readonly Layer[]
+}
+
+/** Resnet, attention, resnet at the lowest resolution. Source: `UNetMidBlock2D` of diffusers. */
+async function loadMidBlock(loader: Loader, weights: Weights, config: VaeConfig): Promise<Block> {
+  const { norm_num_groups: groups } = config
+  const channels = config.block_out_channels.at(-1)!
+  const names = under(weights, 'mid_block.')
+  const resnet = (i: number) =>
+    ResnetBlock.load(loader, under(names, `resnets.${i}.`), channels, channels, groups)
+  const [first, last] = [await resnet(0), await resnet(1)]
+  const layers: Layer[] = [x => first.forward(x), x => last.forward(x)]
+  if (config.mid_block_add_attention) {
+    const attention = await AttentionBlock.load(loader, under(names, 'attentions.0.'), channels, groups)
+    layers.splice(1, 0, x => attention.forward(x))
+  }
+  return { name: 'mid_block', layers }
+}
+
+/** `count` resnets, the first of which changes the width. */
+async function loadResnets(
+  loader: Loader,
+  weights: Weights,
+  { from, to, count, groups }: { from: number; to: number; count: number; groups: number },
+): Promise<Layer[]> {
+  const layers: Layer[] = []
+  for (let i = 0; i < count; i++) {
+    const names = under(weights, `resnets.${i}.`)
+    const resnet = await ResnetBlock.load(loader, names, i === 0 ? from : to, to, groups)
+    layers.push(x => resnet.forward(x))
+  }
+  return layers
+}
+
+/** Either half of the autoencoder: a convolution, blocks, and a normed convolution. */
+class Coder {
+  private readonly convIn: Conv
+  private readonly blocks: readonly Block[]
+  private readonly normOut: Norm
+  private readonly convOut: Conv
+
+  private constructor(convIn: Conv, blocks: readonly Block[], normOut: Norm, convOut: Conv) {
+    this.convIn = convIn
+    this.blocks = blocks
+    this.normOut = normOut
+    this.convOut = convOut
+  }
+
+  /** Source: `Decoder` of diffusers. */
+  static async decoder(loader: Loader, weights: Weights, config: VaeConfig): Promise<Coder> {
+    const { norm_num_groups: groups, layers_per_block } = config
+    const widths = config.block_out_channels.toReversed()
+    const [deepest, outermost] = [widths[0]!, widths.at(-1)!]
+    const convIn = new Conv(loader, under(weights, 'conv_in.'), {
+      from: config.latent_channels,
+      to: deepest,
+      kernel: 3,
+    })
+    const blocks = [await loadMidBlock(loader, weights, config)]
+    for (const [i, to] of widths.entries()) {
+      const name = `up_blocks.${i}`
+      const names = under(weights, `${name}.`)
+      const from = widths[i - 1] ?? deepest
+      const layers = await loadResnets(loader, names, { from, to, count: layers_per_block + 1, groups })
+      if (i < widths.length - 1) {
+        const conv = new Conv(loader, under(names, 'upsamplers.0.conv.'), { from: to, to, kernel: 3 })
+        layers.push(x => conv.forward(x, { resize: [2 * x.shape[1]!, 2 * x.shape[2]!] }))
+      }
+      blocks.push({ name, layers })
+    }
+    const normOut = new Norm(loader, under(weights, 'conv_norm_out.'), outermost, groups)
+    const convOut = new Conv(loader, under(weights, 'conv_out.'), {
+      from: outermost,
+      to: config.out_channels,
+      kernel: 3,
+    })
+    return new Coder(convIn, blocks, normOut, convOut)
+  }
+
+  /** Its output holds means, and log-variances only if a `quant_conv` follows that mixes them. Source: `Encoder` of diffusers. */
+  static async encoder(loader: Loader, weights: Weights, config: VaeConfig): Promise<Coder> {
+    const { norm_num_groups: groups, block_out_channels: widths, latent_channels } = config
+    const [outermost, deepest] = [widths[0]!, widths.at(-1)!]
+    const convIn = new Conv(loader, under(weights, 'conv_in.'), {
+      from: config.in_channels,
+      to: outermost,
+      kernel: 3,
+    })
+    const blocks: Block[] = []
+    for (const [i, to] of widths.entries()) {
+      const name = `down_blocks.${i}`
+      const names = under(weights, `${name}.`)
+      const from = widths[i - 1] ?? outermost
+      const layers = await loadResnets(loader, names, { from, to, count: config.layers_per_block, groups })
+      if (i < widths.length - 1) {
+        const conv = new Conv(loader, under(names, 'downsamplers.0.conv.'), { from: to, to, kernel: 3 })
+        layers.push(x => conv.forward(x, { stride: 2, pad: [0, 1] }))
+      }
+      blocks.push({ name, layers })
+    }
+    blocks.push(await loadMidBlock(loader, weights, config))
+    const normOut = new Norm(loader, under(weights, 'conv_norm_out.'), deepest, groups)
+    const convOut = new Conv(loader, under(weights, 'conv_out.'), {
+      from: deepest,
+      to: 2 * latent_channels,
+      kernel: 3,
+      used: config.use_quant_conv ? 2 * latent_channels : latent_channels,
+    })
+    return new Coder(convIn, blocks, normOut, convOut)
+  }
+
+  /** x [B, H, W, C] → [B, H', W', C']. */
+  forward(x: Tensor, observe?: Observe): Tensor {
+    return scope(() => {
+      let h = this.convIn.forward(x)
+      for (const { name, layers } of this.blocks) {
+        for (const layer of layers) h = advance(h, layer)
+        observe?.(name, h)
+      }
+      h = advance(h, h => this.normOut.forward(h))
+      return this.convOut.forward(h)
+    })
+  }
+}
+
+/** A piece of one side of an image. */
+export interface Tile {
+  readonly start: number
+  readonly length: number
+}
+
+/**
+ * The fewest tiles of at most `limit` that cover `length`, neighbours having at least a quarter of `limit` in common. They
+ * are made equally long, so that none is a mere strip, and no place belongs to three.
+ */
+export function tilesAlong(length: number, limit: number): Tile[] {
+  if (length <= limit) return [{ start: 0, length }]
+  const overlap = Math.floor(limit * TILE_OVERLAP)
+  const count = Math.ceil((length - overlap) / (limit - overlap))
+  const size = Math.ceil((length + (count - 1) * overlap) / count)
+  return Array.from({ length: count }, (_, i) => ({
+    start: Math.floor((i * (length - size)) / (count - 1)),
+    length: size,
+  }))
+}
+
+/** How much of each of its pixels a tile gives, `scale` of them to a latent: rises and falls linearly where it meets a neighbour. */
+export function tileWeights(tiles: readonly Tile[], index: number, scale: number): Float32Array {
+  const { start, length } = tiles[index]!
+  const [before, after] = [tiles[index - 1], tiles[index + 1]]
+  const rise = before ? (before.start + before.length - start) * scale : 0
+  const fall = after ? (start + length - after.start) * scale : 0
+  const pixels = length * scale
+  return Float32Array.from({ length: pixels }, (_, i) => {
+    if (i < rise) return (i + 0.5) / rise
+    if (i >= pixels - fall) return (pixels - i - 0.5) / fall
+    return 1
+  })
+}
+
+/**
+ * The autoencoder between images and the latents that are denoised. Where its config says `force_upcast`, f16 cannot hold its
+ * activations; bf16 can. Source: `AutoencoderKL` of diffusers.
+ */
+export class Vae {
+  readonly config: VaeConfig
+  /** Pixels on a side of what one latent stands for. */
+  readonly scale: number
+  private readonly loader: Loader
+  private readonly parts: Awaited<ReturnType<typeof loadParts>>
+
+  private constructor(loader: Loader, config: VaeConfig, parts: Awaited<ReturnType<typeof loadParts>>) {
+    this.loader = loader
+    this.config = config
+    this.scale = 2 ** (config.block_out_channels.length - 1)
+    this.parts = parts
+  }
+
+  /** `weights` holds diffusers' names. Without `encoder`, `encoder.…` and `quant_conv.…` are not asked for. */
+  static async load(
+    loader: Loader,
+    weights: Weights,
+    config: VaeConfig,
+    options: { encoder: boolean },
+  ): Promise<Vae> {
+    return new Vae(loader, config, await loadParts(loader, weights, config, options))
+  }
+
+  /** The side of the largest latent that is decoded at once by default. */
+  get defaultTile(): number {
+    return Math.max(SMALLEST_TILE, Math.floor(this.config.sample_size / this.scale))
+  }
+
+  /**
+   * latents A [B, h, w, 4], divided by the scaling factor → pixels [B, 8h, 8w, 3], about −1…1; of type A, or f32 where
+   * tiles were blended. Latents over `tile` on either side are decoded in overlapping tiles, one after the other, each
+   * normed by itself: memory is that of one tile.
+   */
+  decode(latents: Tensor, options: { tile?: number | undefined } = {}, observe?: Observe): Tensor {
+    const { tile = this.defaultTile } = options
+    if (!Number.isInteger(tile) || tile < SMALLEST_TILE)
+      throw expected(`an integer from ${SMALLEST_TILE}`, 'tile', tile)
+    const [batch, height, width] = latents.shape as [number, number, number, number]
+    if (height <= tile && width <= tile) return this.decodeWhole(latents, observe)
+
+    const { device } = this.loader
+    const { scale } = this
+    return scope(() => {
+      const canvas = device.zeros([batch, height * scale, width * scale, this.config.out_channels])
+      const [rows, columns] = [tilesAlong(height, tile), tilesAlong(width, tile)]
+      for (const [r, row] of rows.entries())
+        for (const [c, column] of columns.entries())
+          scope(() => {
+            const piece = latents.narrow(1, row.start, row.length).narrow(2, column.start, column.length)
+            const pixels = this.decodeWhole(cast(piece, latents.dtype))
+            addTile(canvas, pixels, {
+              rows: device.tensor(tileWeights(rows, r, scale), [pixels.shape[1]!]),
+              columns: device.tensor(tileWeights(columns, c, scale), [pixels.shape[2]!]),
+              y: row.start * scale,
+              x: column.start * scale,
+            })
+          })
+      return canvas
+    })
+  }
+
+  private decodeWhole(latents: Tensor, observe?: Observe): Tensor {
+    const { postQuantConv, decoder } = this.parts
+    return scope(() => decoder.forward(postQuantConv?.forward(latents) ?? latents, observe))
+  }
+
+  /**
+   * pixels A [B, H, W, 3] in −1…1, H and W multiples of 8 → the means of their latents A [B, H/8, W/8, 4], not scaled.
+   * @throws MgmError `INVALID_ARGUMENT` if it was loaded without its encoder.
+   */
+  encode(pixels: Tensor, observe?: Observe): Tensor {
+    const { encoder, quantConv } = this.parts
+    if (!encoder) throw expected('one loaded with its encoder', 'encode', 'a Vae without')
+    return scope(() => {
+      const moments = encoder.forward(pixels, observe)
+      return quantConv?.forward(moments) ?? moments
+    })
+  }
+
+  /** About the most bytes of activations that `decode` holds at a time, its result included. Height and width in pixels. */
+  bytesAt(
+    height: number,
+    width: number,
+    options: { batch?: number; tile?: number | undefined } = {},
+  ): number {
+    const { batch = 1, tile = this.defaultTile } = options
+    const [h, w] = [height / this.scale, width / this.scale]
+    const tiled = h > tile || w > tile
+    const latents = tiled ? tilesAlong(h, tile)[0]!.length * tilesAlong(w, tile)[0]!.length : h * w
+    const canvas = tiled ? height * width * this.config.out_channels * 4 : 0
+
+    // Channels held for a latent: input, queries, keys, values, result and sum of the attention; then for each resolution
+    // input, norm and output of a resnet's first convolution, or input, norm, shortcut and output of its second.
+    const widths = this.config.block_out_channels.toReversed()
+    const held = widths.map((to, i) => {
+      const from = widths[i - 1] ?? to
+      return 4 ** i * (from === to ? 3 * to : Math.max(2 * from + to, from + 3 * to))
+    })
+    const channels = Math.max(6 * widths[0]!, ...held)
+    const bytes = this.loader.activations === 'f32' ? 4 : 2
+    return batch * (latents * channels * bytes + canvas)
+  }
+}
+
+async function loadParts(loader: Loader, weights: Weights, config: VaeConfig, options: { encoder: boolean }) {
+  const { latent_channels: channels, use_post_quant_conv, use_quant_conv } = config
+  const conv = (name: string, from: number, to: number, used = to) =>
+    new Conv(loader, under(weights, name), { from, to, kernel: 1, used })
+  return {
+    postQuantConv: use_post_quant_conv ? conv('post_quant_conv.', channels, channels) : undefined,
+    decoder: await Coder.decoder(loader, under(weights, 'decoder.'), config),
+    encoder: options.encoder ? await Coder.encoder(loader, under(weights, 'encoder.'), config) : undefined,
+    quantConv:
+      options.encoder && use_quant_conv
+        ? conv('quant_conv.', 2 * channels, 2 * channels, channels)
+        : undefined,
+  }
+}
