@@ -1,6 +1,7 @@
 import * as z from 'zod'
 import { describe } from '../errors.ts'
-import { invalid, invalidValue, unsupported } from './errors.ts'
+import { invalidValue, unsupported } from './errors.ts'
+import { flag, int, optional, orNull, parseWith, positive, size, text, withDefault } from './schema.ts'
 
 /** The kind of language model, after `model_type`: `mgm` (Llama, Vicuna, Yi), `mgm_gemma`, `mgm_mixtral`, `mgm_mistral`. */
 export type MgmFamily = 'llama' | 'gemma' | 'mixtral' | 'mistral'
@@ -199,18 +200,8 @@ const FAMILIES: ReadonlyMap<string, FamilyDefaults> = new Map([
   ['mini_gemini_mistral', MISTRAL],
 ])
 
-const int = (min: number, max: number) => z.int().min(min).max(max)
-const size = (max: number) => int(1, max)
-const optional = <T extends z.ZodType>(schema: T) => schema.nullish()
-const withDefault = <T extends z.ZodType>(schema: T, value: z.output<T>) =>
-  schema.nullish().transform(v => (v ?? value) as NonNullable<z.output<T>>)
-const flag = (value: boolean) => withDefault(z.boolean(), value)
 const tokenId = int(0, 2 ** 31 - 1)
 const tokenIds = z.union([tokenId, z.array(tokenId).max(64)])
-const orNull = <T extends z.ZodType>(schema: T) =>
-  schema.nullish().transform(v => (v ?? null) as z.output<T> | null)
-const text = z.string().max(4096)
-const positive = z.number().positive().max(1e12)
 const act = z.enum(['silu', 'gelu', 'gelu_pytorch_tanh', 'quick_gelu'])
 
 /** Limits are far above any released model; they stop absurd allocations and overflow, nothing else. */
@@ -485,43 +476,4 @@ const generationSchema = z.object({
 /** Validates `generation_config.json`. */
 export function parseGenerationConfig(json: unknown, file: string): GenerationConfig {
   return parseWith(generationSchema, json, file)
-}
-
-/** Runs a schema and words its first complaints as `expected … for … in <file> but received …`. */
-function parseWith<T extends z.ZodType>(schema: T, json: unknown, file: string): z.output<T> {
-  const result = schema.safeParse(json)
-  if (result.success) return result.data
-  const complaints = result.error.issues.slice(0, 3).map(issue => {
-    const name = issue.path.length > 0 ? `"${issue.path.join('.')}"` : 'the file'
-    return `expected ${wanted(issue)} for ${name} in ${file} but received ${describe(valueAt(json, issue.path))}`
-  })
-  throw invalid(complaints.join('; '))
-}
-
-type Issue = z.core.$ZodIssue
-
-function wanted(issue: Issue): string {
-  switch (issue.code) {
-    case 'invalid_type':
-      return issue.expected === 'int' ? 'an integer' : `a value of type ${issue.expected}`
-    case 'invalid_value':
-      return `one of ${issue.values.map(v => describe(v)).join(', ')}`
-    case 'too_small':
-      return `${issue.inclusive ? 'at least' : 'more than'} ${issue.minimum}`
-    case 'too_big':
-      return `at most ${issue.maximum}`
-    case 'invalid_union':
-      return issue.errors.map(errors => (errors[0] ? wanted(errors[0]) : 'another value')).join(' or ')
-    default:
-      return 'another value'
-  }
-}
-
-function valueAt(json: unknown, path: readonly PropertyKey[]): unknown {
-  let value = json
-  for (const key of path) {
-    if (typeof value !== 'object' || value === null || !Object.hasOwn(value, key)) return undefined
-    value = (value as Record<PropertyKey, unknown>)[key]
-  }
-  return value
 }

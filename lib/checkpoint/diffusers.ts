@@ -1,78 +1,257 @@
-/** One of the pipeline's two text encoders. Source: `CLIPTextConfig` of transformers. */
-export interface ClipTextConfig {
-  readonly vocab_size: number
-  readonly hidden_size: number
-  readonly intermediate_size: number
-  readonly num_hidden_layers: number
-  readonly num_attention_heads: number
-  readonly max_position_embeddings: number
-  readonly layer_norm_eps: number
-  readonly hidden_act: 'quick_gelu' | 'gelu'
-  readonly eos_token_id: number
-  /** Width of the pooled output of an encoder with projection. */
-  readonly projection_dim: number
+import { basename, join } from 'node:path'
+import * as z from 'zod'
+import { describe } from '../errors.ts'
+import {
+  type ClipTextConfig,
+  parseClipTextConfig,
+  parseSchedulerConfig,
+  parseUnetConfig,
+  parseVaeConfig,
+  type SchedulerConfig,
+  type UnetConfig,
+  type VaeConfig,
+} from './diffusers-config.ts'
+import { invalid, invalidValue, unsupported } from './errors.ts'
+import { isFolder, openTensorFolder, TRANSFORMERS_STEMS } from './files.ts'
+import { flag, parseWith, text } from './schema.ts'
+import { readJson, type TensorEntry } from './source.ts'
+import { TensorMap } from './tensor-map.ts'
+
+export {
+  type ClipTextConfig,
+  SAMPLERS,
+  type Sampler,
+  type SchedulerConfig,
+  type UnetConfig,
+  type VaeConfig,
+} from './diffusers-config.ts'
+
+export interface OpenDiffusionOptions {
+  /**
+   * Which of the weights to take where a folder has several: `fp16` for `model.fp16.safetensors`, null for
+   * `model.safetensors`. A component without that variant gives its plain weights. Default: `fp16` where there is one.
+   */
+  variant?: string | null | undefined
 }
 
-/** Lists hold one entry a block, from the full resolution downwards. Source: `UNet2DConditionModel` of diffusers. */
-export interface UnetConfig {
-  readonly in_channels: number
-  readonly out_channels: number
-  readonly block_out_channels: readonly number[]
-  readonly down_block_types: readonly ('DownBlock2D' | 'CrossAttnDownBlock2D')[]
-  /** From the lowest resolution upwards. */
-  readonly up_block_types: readonly ('UpBlock2D' | 'CrossAttnUpBlock2D')[]
-  readonly layers_per_block: readonly number[]
-  readonly transformer_layers_per_block: readonly number[]
-  /** Number of heads, which the release calls `attention_head_dim`. */
-  readonly attention_heads: readonly number[]
-  readonly cross_attention_dim: number
-  readonly norm_num_groups: number
-  readonly norm_eps: number
-  readonly addition_time_embed_dim: number
-  readonly projection_class_embeddings_input_dim: number
-  /** Width of the guidance embedding of a distilled (LCM) UNet. */
-  readonly time_cond_proj_dim: number | null
-  readonly flip_sin_to_cos: boolean
-  readonly freq_shift: number
-  /** Side of the latent that the model was trained for. */
-  readonly sample_size: number
+export interface TextEncoderFiles {
+  readonly config: ClipTextConfig
+  /** `text_model.*`, and `text_projection.weight` of an encoder with projection. */
+  readonly weights: TensorMap
+  /** Whether it gives a pooled output. */
+  readonly projection: boolean
+  /** Folder of its tokenizer. */
+  readonly tokenizer: string
 }
 
-/** Source: `AutoencoderKL` of diffusers. */
-export interface VaeConfig {
-  readonly in_channels: number
-  readonly out_channels: number
-  readonly latent_channels: number
-  readonly block_out_channels: readonly number[]
-  readonly layers_per_block: number
-  readonly norm_num_groups: number
-  readonly sample_size: number
-  readonly scaling_factor: number
-  readonly shift_factor: number
-  /** Its activations overflow f16. */
-  readonly force_upcast: boolean
-  readonly use_quant_conv: boolean
-  readonly use_post_quant_conv: boolean
-  readonly mid_block_add_attention: boolean
+/** Everything an SDXL pipeline is built from, found and checked; no tensor data has been read. */
+export interface DiffusionCheckpoint {
+  readonly folder: string
+  readonly scheduler: SchedulerConfig
+  readonly textEncoders: readonly [TextEncoderFiles, TextEncoderFiles]
+  readonly unet: { readonly config: UnetConfig; readonly weights: TensorMap }
+  /** `encoder.*`, `decoder.*`, `quant_conv.*` and `post_quant_conv.*`, by today's names. */
+  readonly vae: { readonly config: VaeConfig; readonly weights: TensorMap }
+  /** Whether no negative prompt means embeddings of zeros, instead of those of an empty prompt. */
+  readonly forceZerosForEmptyPrompt: boolean
+  /** Weight files. */
+  readonly files: readonly string[]
+  /** Bytes of all tensors in their files. */
+  readonly totalBytes: number
 }
 
-export const SAMPLERS = ['euler', 'euler_ancestral', 'dpmpp_2m', 'ddim', 'lcm'] as const
-export type Sampler = (typeof SAMPLERS)[number]
+/** Leftovers of a text encoder: a buffer, and without projection what comes after the penultimate hidden state. */
+export function textIgnored({
+  config,
+  projection,
+}: Pick<TextEncoderFiles, 'config' | 'projection'>): RegExp[] {
+  const patterns = [/^text_model\.embeddings\.position_ids$/]
+  if (!projection) {
+    const last = config.num_hidden_layers - 1
+    patterns.push(
+      new RegExp(`^text_model\\.encoder\\.layers\\.${last}\\.`),
+      /^text_model\.final_layer_norm\./,
+    )
+  }
+  return patterns
+}
 
-/** Source: `scheduler_config.json` of diffusers. */
-export interface SchedulerConfig {
-  readonly sampler: Sampler
-  readonly num_train_timesteps: number
-  readonly beta_start: number
-  readonly beta_end: number
-  readonly beta_schedule: 'linear' | 'scaled_linear' | 'squaredcos_cap_v2'
-  readonly prediction_type: 'epsilon' | 'v_prediction' | 'sample'
-  readonly timestep_spacing: 'leading' | 'trailing' | 'linspace'
-  readonly steps_offset: number
-  readonly use_karras_sigmas: boolean
-  readonly rescale_betas_zero_snr: boolean
-  /** DDIM, LCM: the last step goes to the undiffused image, not to timestep 0. */
-  readonly set_alpha_to_one: boolean
-  /** LCM: steps of the schedule it was distilled from. */
-  readonly original_inference_steps: number
+/** Leftovers of a VAE: without `encoder`, that half. */
+export function vaeIgnored({ encoder }: { encoder: boolean }): RegExp[] {
+  return encoder ? [] : [/^(encoder|quant_conv)\./]
+}
+
+const PIPELINES = ['StableDiffusionXLPipeline', 'StableDiffusionXLImg2ImgPipeline']
+
+const component = z.tuple([text.nullable(), text.nullable()]).nullish()
+const indexSchema = z.object({
+  _class_name: text,
+  scheduler: component,
+  text_encoder: component,
+  text_encoder_2: component,
+  tokenizer: component,
+  tokenizer_2: component,
+  unet: component,
+  vae: component,
+  force_zeros_for_empty_prompt: flag(true),
+  requires_aesthetics_score: flag(false),
+})
+
+/** The class of each component, as `model_index.json` names it. */
+export interface PipelineIndex {
+  readonly pipeline: string
+  readonly scheduler: string
+  readonly forceZerosForEmptyPrompt: boolean
+}
+
+/** The `model_index.json` of a pipeline folder, which must be SDXL's. */
+export function readPipelineIndex(folder: string): PipelineIndex {
+  if (!isFolder(folder)) throw invalid(`expected a pipeline folder at ${folder} but found none`)
+  const file = join(folder, 'model_index.json')
+  const json = readJson(file)
+  const index = parseWith(indexSchema, json, file)
+  if (!PIPELINES.includes(index._class_name)) {
+    throw unsupported(
+      `expected ${PIPELINES.join(' or ')} for "_class_name" in ${file} but received ${describe(index._class_name)}`,
+    )
+  }
+  // The refiner: one text encoder, and an aesthetic score in the place of the target size.
+  if (index.requires_aesthetics_score || !index.text_encoder?.[1]) {
+    throw unsupported(`expected a base model in ${file} but received a refiner, which is not run`)
+  }
+  const classOf = (name: keyof typeof index & string, ...classes: string[]) => {
+    const received = (index[name] as z.output<typeof component>)?.[1] ?? null
+    if (received === null) throw invalidValue(file, 'a library and a class', `"${name}"`, index[name])
+    if (classes.length > 0 && !classes.includes(received)) {
+      throw unsupported(
+        `expected ${classes.join(' or ')} for "${name}" in ${file} but received ${describe(received)}`,
+      )
+    }
+    return received
+  }
+  classOf('text_encoder', 'CLIPTextModel')
+  classOf('text_encoder_2', 'CLIPTextModelWithProjection')
+  classOf('tokenizer', 'CLIPTokenizer', 'CLIPTokenizerFast')
+  classOf('tokenizer_2', 'CLIPTokenizer', 'CLIPTokenizerFast')
+  classOf('unet', 'UNet2DConditionModel')
+  classOf('vae', 'AutoencoderKL')
+  return {
+    pipeline: index._class_name,
+    scheduler: classOf('scheduler'),
+    forceZerosForEmptyPrompt: index.force_zeros_for_empty_prompt,
+  }
+}
+
+/**
+ * Finds and checks everything an SDXL pipeline consists of, a folder as diffusers writes it. Only headers are read.
+ * @throws MgmError `CHECKPOINT_INVALID` or `CHECKPOINT_UNSUPPORTED`, naming the file and what would fix it.
+ */
+export function openDiffusion(folder: string, options: OpenDiffusionOptions = {}): DiffusionCheckpoint {
+  const index = readPipelineIndex(folder)
+  const schedulerFile = join(folder, 'scheduler/scheduler_config.json')
+  const files: string[] = []
+  const open = <T>(name: string, parse: (json: unknown, file: string) => T, stems: readonly string[]) => {
+    const path = join(folder, name)
+    const file = join(path, 'config.json')
+    const config = parse(readJson(file), file)
+    const found = openTensorFolder(path, stemsOf(stems, options.variant))
+    files.push(...found.files)
+    return {
+      config,
+      weights: new TensorMap(path, name === 'vae' ? vaeTensors(found.tensors) : found.tensors),
+    }
+  }
+  const textEncoder = (suffix: string, projection: boolean): TextEncoderFiles => ({
+    ...open(`text_encoder${suffix}`, parseClipTextConfig, TRANSFORMERS_STEMS),
+    projection,
+    tokenizer: join(folder, `tokenizer${suffix}`),
+  })
+  const textEncoders = [textEncoder('', false), textEncoder('_2', true)] as const
+  const unet = open('unet', parseUnetConfig, DIFFUSERS_STEMS)
+  const vae = open('vae', parseVaeConfig, DIFFUSERS_STEMS)
+  checkWidths(folder, textEncoders, unet.config, vae.config)
+  const { variant } = options
+  if (variant && !files.some(file => basename(file).includes(`.${variant}.`)))
+    throw invalid(`expected weights of the variant ${describe(variant)} in ${folder} but found none`)
+
+  const parts = [...textEncoders, unet, vae]
+  return {
+    folder,
+    scheduler: parseSchedulerConfig(readJson(schedulerFile), schedulerFile, index.scheduler),
+    textEncoders,
+    unet,
+    vae,
+    forceZerosForEmptyPrompt: index.forceZerosForEmptyPrompt,
+    files,
+    totalBytes: parts.reduce((sum, part) => sum + part.weights.byteLength, 0),
+  }
+}
+
+const DIFFUSERS_STEMS = ['diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.bin']
+
+/** Safetensors before archives; of each, the variant before the plain file. */
+function stemsOf(stems: readonly string[], variant: string | null = 'fp16'): string[] {
+  return stems.flatMap(stem =>
+    variant === null ? [stem] : [stem.replace(/\.(\w+)$/, `.${variant}.$1`), stem],
+  )
+}
+
+/** Names of the VAE's attention before diffusers 0.18. */
+const OLD_ATTENTION: Readonly<Record<string, string>> = {
+  query: 'to_q',
+  key: 'to_k',
+  value: 'to_v',
+  proj_attn: 'to_out.0',
+}
+
+/** The VAE's tensors by today's names, attention's 1×1 convolutions [O, C, 1, 1] as the matrices that they are. */
+function vaeTensors(tensors: ReadonlyMap<string, TensorEntry>): Map<string, TensorEntry> {
+  return new Map(
+    [...tensors].map(([name, entry]) => {
+      const match =
+        /^(.*\.attentions\.\d+\.)(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)(\.\w+)$/.exec(name)
+      if (!match) return [name, entry]
+      const [, attention, projection, parameter] = match as unknown as [string, string, string, string]
+      const today = `${attention}${OLD_ATTENTION[projection] ?? projection}${parameter}`
+      return [today, { ...asMatrix(entry), name: today }]
+    }),
+  )
+}
+
+function asMatrix(entry: TensorEntry): TensorEntry {
+  const { shape, strides } = entry
+  if (shape.length !== 4 || shape[2] !== 1 || shape[3] !== 1) return entry
+  return { ...entry, shape: shape.slice(0, 2), ...(strides && { strides: strides.slice(0, 2) }) }
+}
+
+/** The parts must have been trained together; a component of another model shows here first. */
+function checkWidths(
+  folder: string,
+  [first, second]: readonly [TextEncoderFiles, TextEncoderFiles],
+  unet: UnetConfig,
+  vae: VaeConfig,
+): void {
+  const file = join(folder, 'unet/config.json')
+  const expectEqual = (key: string, received: number, wanted: number, of: string) => {
+    if (received !== wanted) throw invalidValue(file, `${wanted}, ${of},`, `"${key}"`, received)
+  }
+  if (unet.in_channels !== vae.latent_channels) {
+    throw unsupported(
+      `expected ${vae.latent_channels}, the VAE's latent_channels, for "in_channels" in ${file} but received ` +
+        `${unet.in_channels}: models that take a mask or a picture besides are not run`,
+    )
+  }
+  expectEqual('out_channels', unet.out_channels, vae.latent_channels, "the VAE's latent_channels")
+  expectEqual(
+    'cross_attention_dim',
+    unet.cross_attention_dim,
+    first.config.hidden_size + second.config.hidden_size,
+    "the text encoders' hidden_size together",
+  )
+  expectEqual(
+    'projection_class_embeddings_input_dim',
+    unet.projection_class_embeddings_input_dim,
+    second.config.projection_dim + 6 * unet.addition_time_embed_dim,
+    "the second text encoder's projection_dim and six addition_time_embed_dim",
+  )
 }

@@ -28,8 +28,8 @@ export function openTensorFile(file: string): ReadonlyMap<string, TensorEntry> {
 }
 
 /**
- * Reads the headers of all weights of a folder: the first of `stems` for which there is `<stem>.index.json` (and its
- * shards) or the file itself.
+ * Reads the headers of all weights of a folder: the first of `stems` for which there is an index (and its shards) or the
+ * file itself.
  * @throws MgmError `CHECKPOINT_INVALID` if there are none, a shard is missing, or index and shards disagree.
  */
 export function openTensorFolder(
@@ -37,12 +37,22 @@ export function openTensorFolder(
   stems: readonly string[] = TRANSFORMERS_STEMS,
 ): TensorFolder {
   for (const stem of stems) {
-    const index = join(folder, `${stem}.index.json`)
-    if (existsSync(index)) return openShards(folder, index)
+    const index = indexNames(stem)
+      .map(name => join(folder, name))
+      .find(existsSync)
+    if (index) return openShards(folder, index)
     const file = join(folder, stem)
     if (existsSync(file)) return { tensors: openTensorFile(file), files: [file] }
   }
   throw invalid(`expected one of ${stems.join(', ')} in ${folder} but found ${listing(folder)}`)
+}
+
+/** Names of the index of `stem`. Hugging Face's libraries put a variant last: `model.safetensors.index.fp16.json`. */
+export function indexNames(stem: string): string[] {
+  const names = [`${stem}.index.json`]
+  const variant = /^(\w+)\.(\w+)\.(safetensors|bin)$/.exec(stem)
+  if (variant) names.push(`${variant[1]}.${variant[3]}.index.${variant[2]}.json`)
+  return names
 }
 
 export function isFolder(path: string): boolean {
