@@ -74,7 +74,7 @@ const cases: Record<string, Case> = {
   '1x1 of a larger size': { ...base, height: 2, width: 3, resize: [7, 5], kernel: [1, 1] },
 }
 
-// From 64 tiles of 4x4 outputs and 32 channels on, 3x3 with stride 1 is computed by Winograd's algorithm.
+// From 32 tiles of 4x4 outputs and 32 channels on, 3x3 with stride 1 is computed by Winograd's algorithm.
 const large = { ...base, height: 32, width: 32, channels: 32, outputs: 32, kernel: [3, 3], pad: 1 } as Case
 const winograd: Record<string, Case> = {
   'whole tiles': { ...large, batch: 2 },

@@ -187,7 +187,7 @@ void transform_product(const Work& w, int64_t index) {
   }
 }
 
-constexpr size_t kFilterBytes = size_t{8} << 20, kChunkBytes = size_t{24} << 20;
+constexpr size_t kFilterBytes = size_t{40} << 20, kChunkBytes = size_t{64} << 20;
 
 MGM_INLINE int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -253,7 +253,7 @@ void run(Work& w, int64_t all_tiles, int64_t all_panels, ThreadPool& pool) {
 bool suits_winograd(const Conv2dArgs& args) {
   const int64_t tiles = ceil_div(args.out.shape[1], kTile) * ceil_div(args.out.shape[2], kTile);
   return args.kernel_h == kTaps && args.kernel_w == kTaps && args.stride == 1 &&
-         args.x.shape[3] % kQuantBlock == 0 && args.out.shape[3] >= 32 && tiles >= 64;
+         args.x.shape[3] % kQuantBlock == 0 && args.out.shape[3] >= 32 && tiles >= 32;
 }
 
 void winograd(const Conv2dArgs& args, const Images& images, const Gemm& conv, ThreadPool& pool) {
