@@ -56,8 +56,8 @@ console.log(
   `${cpus()[0]?.model.trim()}, ${cpus().length} cores; an emulated device: these are no times of a GPU`,
 )
 
-const images = readFileSync(join(root, 'build', 'kernels', 'images.cpp'), 'utf8')
-const shipped = [...images.matchAll(/\.incbin \\"([^"]+\.ptx)\\"/g)].map(([, file]) => file)
+const images = JSON.parse(readFileSync(join(root, 'build', 'kernels', 'images.json'), 'utf8'))
+const shipped = images.map(({ ptx }) => ptx)
 process.stdout.write(run(join(root, 'build', 'emulator', 'speed'), [emulator, ...shipped]))
 
 const folder = mkdtempSync(join(tmpdir(), 'mgm-bench-'))

@@ -1,6 +1,6 @@
 // Compiles native/cuda/kernels/*.cu to PTX (compute_80, relabelled to the lowest .version that ptxas accepts) and
-// that same PTX to cubins, and writes build/kernels/images.cpp, which embeds them. A kernel that passes its tests as
-// PTX on the emulator is therefore the kernel in every cubin.
+// that same PTX to cubins, and writes build/kernels/images.cpp, which embeds them deflated, and images.json, which says
+// where they lie. A kernel that passes its tests as PTX on the emulator is therefore the kernel in every cubin.
 //
 // Results are kept in build/kernels/cache under the hash of everything that went into them. ptxas's registers, spills
 // and shared memory are in build/kernels/registers.json; native/cuda/registers.json is the table they are held to.
@@ -9,11 +9,22 @@
 // MGM_CUDA_ARCHS: 'all' (default), 'ci' (PTX and sm_80 only) or a list such as '80,90'.
 import { execFile, execFileSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs, promisify } from 'node:util'
+import { deflateRaw } from 'node:zlib'
+import { parseUsage } from './ptxas.mjs'
 
 const run = promisify(execFile)
 const root = join(dirname(fileURLToPath(import.meta.url)), '..')
@@ -66,7 +77,13 @@ mkdirSync(cache, { recursive: true })
 
 const limit = gate(availableParallelism())
 const modules = await Promise.all(families.map(family => compile(family)))
-write(join(output, 'images.cpp'), embed(modules))
+write(join(output, 'images.cpp'), await embed(modules))
+const index = modules.map(({ family, ptx, cubins }) => ({
+  family,
+  ptx,
+  cubins: Object.fromEntries(cubins.map(({ target, file }) => [`sm_${target}`, file])),
+}))
+write(join(output, 'images.json'), `${JSON.stringify(index, null, 2)}\n`)
 const registers = Object.fromEntries(modules.map(module => [module.family, module.usage]))
 write(join(output, 'registers.json'), `${JSON.stringify(registers, null, 2)}\n`)
 if (values['update-registers']) {
@@ -117,7 +134,8 @@ async function compile(family) {
 function tabulate(cubins) {
   const kernels = {}
   for (const { target, said } of cubins)
-    for (const [kernel, usage] of Object.entries(usageOf(said))) {
+    for (const [kernel, used] of parseUsage(said)) {
+      const usage = inWords(used)
       kernels[kernel] ??= {}
       kernels[kernel][usage] = [...(kernels[kernel][usage] ?? []), `sm_${target}`]
     }
@@ -168,34 +186,10 @@ async function assemble(text, target, file) {
   }
 }
 
-/** { kernel: '40 registers, 512 bytes shared' } of what `ptxas -v` printed: stack and spills only where there are any. */
-function usageOf(said) {
-  const usage = {}
-  let kernel
-  let bytes
-  for (const line of said.split('\n')) {
-    const entry = /Compiling entry function '(\w+)'/.exec(line)
-    if (entry) {
-      kernel = entry[1]
-      bytes = { shared: 0, stack: 0, spills: 0 }
-    }
-    // One such line for the kernel, and one for each function that was not inlined.
-    const frame = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(line)
-    if (frame) {
-      bytes.stack += Number(frame[1])
-      bytes.spills += Number(frame[2]) + Number(frame[3])
-    }
-    const registers = /Used (\d+) registers/.exec(line)
-    if (registers) {
-      bytes.shared = Number(/(\d+) bytes smem/.exec(line)?.[1] ?? 0)
-      const used = Object.entries(bytes).filter(([, count]) => count > 0)
-      usage[kernel] = [
-        `${registers[1]} registers`,
-        ...used.map(([what, count]) => `${count} bytes ${what}`),
-      ].join(', ')
-    }
-  }
-  return usage
+/** '40 registers, 512 bytes shared': stack and spills only where there are any. */
+function inWords({ registers, ...bytes }) {
+  const used = Object.entries(bytes).filter(([, count]) => count > 0)
+  return [`${registers} registers`, ...used.map(([what, count]) => `${count} bytes ${what}`)].join(', ')
 }
 
 /** [{ name, bytes }]: each kernel takes one struct, whose size PTX declares. */
@@ -208,22 +202,23 @@ function entriesOf(text) {
   })
 }
 
-/** A translation unit that holds every image as bytes, and the tables over them. */
-function embed(modules) {
+/** A translation unit that holds every image as deflated bytes, and the tables over them. */
+async function embed(modules) {
   const blobs = []
   const rows = []
   const entries = []
   for (const { family, ptx, version, cubins, entries: kernels } of modules) {
     const images = [...cubins.map(({ target, file }) => [target, file]), [0, ptx]]
-    for (const [target, file] of images) {
+    const deflated = await Promise.all(images.map(([, file]) => deflate(file)))
+    images.forEach(([target, file], i) => {
       const symbol = `mgm_image_${family}_${target || 'ptx'}`
       blobs.push(
-        `asm(".pushsection .rodata\\n.balign 64\\n.global ${symbol}, ${symbol}_end\\n.hidden ${symbol}, ${symbol}_end\\n"`,
-        `    "${symbol}:\\n.incbin \\"${file}\\"\\n${symbol}_end:\\n.byte 0\\n.popsection\\n");`,
+        `asm(".pushsection .rodata\\n.global ${symbol}, ${symbol}_end\\n.hidden ${symbol}, ${symbol}_end\\n"`,
+        `    "${symbol}:\\n.incbin \\"${deflated[i]}\\"\\n${symbol}_end:\\n.popsection\\n");`,
         `extern "C" const unsigned char ${symbol}[], ${symbol}_end[];`,
       )
-      rows.push(`    {"${family}", ${target}, ${version}, ${symbol}, ${symbol}_end},`)
-    }
+      rows.push(`    {"${family}", ${target}, ${version}, ${statSync(file).size}, ${symbol}, ${symbol}_end},`)
+    })
     for (const { name, bytes } of kernels) entries.push(`    {"${family}", "${name}", ${bytes}},`)
   }
   return [
@@ -242,6 +237,16 @@ function embed(modules) {
     '}  // namespace mgm::cuda',
     '',
   ].join('\n')
+}
+
+/** The file beside `file` that holds it deflated. */
+async function deflate(file) {
+  const deflated = `${file}.deflate`
+  if (!existsSync(deflated)) {
+    writeFileSync(`${deflated}.${process.pid}`, await promisify(deflateRaw)(readFileSync(file), { level: 9 }))
+    renameSync(`${deflated}.${process.pid}`, deflated)
+  }
+  return deflated
 }
 
 function relabel(text, version) {

@@ -4,19 +4,12 @@ import { createHash } from 'node:crypto'
 import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
 import { delimiter, join } from 'node:path'
 import { promisify } from 'node:util'
+import { parseUsage, type Usage } from '../../scripts/ptxas.mjs'
 import { TARGETS, type Target } from './gpus.ts'
 import { innermostLoop, type Loop, localAccesses, parseSass } from './sass.ts'
 
 const run = promisify(execFile)
 const BIG = { maxBuffer: 1 << 28 }
-
-/** Of one kernel on one target, as `ptxas -v` reports it. Bytes, but for registers. */
-export interface Usage {
-  registers: number
-  shared: number
-  stack: number
-  spills: number
-}
 
 /** One kernel before it is launched. */
 export interface StaticKernel {
@@ -29,31 +22,6 @@ export interface StaticKernel {
   hotLines: readonly Lines[]
   /** Of sm_80's machine code; undefined without a disassembler. */
   code: { instructions: number; localAccesses: number; loop: Loop | undefined } | undefined
-}
-
-/** { kernel: usage } of what `ptxas -v` printed. */
-export function parseUsage(text: string): Map<string, Usage> {
-  const kernels = new Map<string, Usage>()
-  let current: Usage = { registers: 0, shared: 0, stack: 0, spills: 0 }
-  for (const line of text.split('\n')) {
-    const entry = /Compiling entry function '(\w+)'/.exec(line)
-    if (entry) {
-      current = { registers: 0, shared: 0, stack: 0, spills: 0 }
-      kernels.set(entry[1]!, current)
-    }
-    // One such line for the kernel, and one for each function that was not inlined.
-    const frame = /(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads/.exec(line)
-    if (frame) {
-      current.stack += Number(frame[1])
-      current.spills += Number(frame[2]) + Number(frame[3])
-    }
-    const registers = /Used (\d+) registers/.exec(line)
-    if (registers) {
-      current.registers = Number(registers[1])
-      current.shared = Number(/(\d+) bytes smem/.exec(line)?.[1] ?? 0)
-    }
-  }
-  return kernels
 }
 
 /** { kernel: most threads a block may have } of PTX with launch bounds. */
@@ -122,21 +90,10 @@ export interface Source {
 
 /** Families of the last build, as its addon carries them. */
 export function builtFamilies(root: string): Source[] {
-  const index = join(root, 'build', 'kernels', 'images.cpp')
+  const index = join(root, 'build', 'kernels', 'images.json')
   if (!existsSync(index))
     throw new Error(`expected ${index}: run \`npm run build:native\` with nvcc on the PATH first`)
-  const images = [
-    ...readFileSync(index, 'utf8').matchAll(/mgm_image_(\w+)_(ptx|\d+):\\n\.incbin \\"([^"]+)\\"/g),
-  ].map(([, family, target, file]) => ({ family: family!, target: target!, file: file! }))
-  return images
-    .filter(({ target }) => target === 'ptx')
-    .map(({ family, file }) => ({
-      family,
-      ptx: file,
-      cubins: Object.fromEntries(
-        images.filter(one => one.family === family).map(one => [`sm_${one.target}`, one.file]),
-      ),
-    }))
+  return JSON.parse(readFileSync(index, 'utf8')) as Source[]
 }
 
 /** A disassembler that takes `-hex -c`: MGM_NVDISASM, the PATH, or the one inside Triton's wheel in MGM_BENCH_PYTHON's environment. */

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../runtime/error.h"
+#include "inflate.h"
 
 namespace mgm::cuda {
 namespace {
@@ -172,11 +173,13 @@ CUmodule Context::module(const char* family) {
   if (const auto it = modules_.find(family); it != modules_.end()) return it->second;
   std::string refusals;
   for (const Image* image : images_for(family, info_.capability())) {
+    std::vector<unsigned char> bytes(image->bytes + 1);  // PTX ends with a NUL
+    inflate({image->begin, image->end}, std::span(bytes).first(image->bytes));
     char log[4096] = "";
     int options[] = {kJitErrorLog, kJitErrorLogBytes};
     void* values[] = {log, reinterpret_cast<void*>(sizeof log - 1)};
     CUmodule loaded;
-    const CUresult result = driver().cuModuleLoadDataEx(&loaded, image->begin, 2, options, values);
+    const CUresult result = driver().cuModuleLoadDataEx(&loaded, bytes.data(), 2, options, values);
     if (result == kSuccess) return modules_[family] = loaded;
     if (!is_image_error(result)) check(result, "cuModuleLoadDataEx");
     refusals +=

@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest'
 import { CASES, caseKey } from '../../bench/kernels/cases.ts'
 import { conflictsWithin, type Launch, leastSectors, totals } from '../../bench/kernels/counters.ts'
 import { GPUS, occupancy, roofline } from '../../bench/kernels/gpus.ts'
-import { parseBounds, parseHotLines, parseUsage } from '../../bench/kernels/images.ts'
+import { parseBounds, parseHotLines } from '../../bench/kernels/images.ts'
 import {
   caseRow,
   kernelRow,
@@ -13,6 +13,7 @@ import {
   table,
 } from '../../bench/kernels/report.ts'
 import { innermostLoop, localAccesses, loops, parseSass } from '../../bench/kernels/sass.ts'
+import { parseUsage } from '../../scripts/ptxas.mjs'
 
 /** A line of nvdisasm -hex -c and the second word below it, with its stall count where the hardware has it. */
 function instruction(address: number, text: string, stall: number): string {
