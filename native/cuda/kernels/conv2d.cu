@@ -18,26 +18,21 @@ namespace {
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-// Position in a patch; offset: in the image, from the patch's first element.
+// Position in a patch.
 struct Tap {
   int channel, x, y;
-  int64_t offset;
-  // kOnce: past the end of one pixel at most.
-  template <bool kOnce>
-  __device__ __forceinline__ void advance(int elements, const Conv2dParams& p) {
-    channel += elements;
-    offset += elements;
-    do {
-      const bool next = channel >= p.channels;
-      channel -= next ? p.channels : 0;
-      x += next;
-      const bool line = x == p.kernel_w;
-      x = line ? 0 : x;
-      y += line;
-      offset += line ? p.line_jump : 0;
-    } while (!kOnce && channel >= p.channels);
+  // After `channel` has grown.
+  __device__ __forceinline__ void wrap(const Conv2dParams& p) {
+    while (channel >= p.channels) {
+      channel -= p.channels;
+      if (++x == p.kernel_w) x = 0, ++y;
+    }
   }
 };
+
+__device__ __forceinline__ int nearest(int i, const NearestIndex& of) {
+  return static_cast<uint32_t>(static_cast<uint32_t>(i) * of.multiplier >> 32) >> of.shift;
+}
 
 // A loader of x for multiply(): see StridedRows. kUnit: elements that always lie together, 8, 2 or 1.
 template <TileName kTile, int kUnit>
@@ -47,70 +42,94 @@ class Patches {
     const int row = threadIdx.x / kUnits, unit = threadIdx.x % kUnits;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int m = min(first + row + i * kStep, p.m - 1), line = m / p.out_width;
+      const int m = min(first + row + i * kStep, p.m - 1), line = m / p.out_width,
+                image = line / p.out_height;
       x_[i] = (m - line * p.out_width) * p.stride - p.pad;
-      y_[i] = line % p.out_height * p.stride - p.pad;
-      from_[i] = static_cast<const uint16_t*>(p.x) + line / p.out_height * p.image_pitch +
-                 y_[i] * p.row_pitch + x_[i] * p.pixel_pitch;
+      y_[i] = (line - image * p.out_height) * p.stride - p.pad;
+      image_[i] = image * p.source_height;
     }
-    tap_.advance<kLong>(unit * kWidth, p);
+    tap_.channel = unit * kWidth;
     to_ = swizzled<4>(row, unit * kWidth / 8) + unit * kWidth % 8 * 2;
+  }
+  static constexpr bool kOneRun = false;
+  // A run ends where some thread comes to another pixel.
+  __device__ __forceinline__ int next() {
+    tap_.wrap(p_);
+    if constexpr (kUnit > 1) {
+      inside_ = 0;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) inside_ |= locate(pixel_[i], i, tap_) << i;
+    }
+    return p_.run;
   }
   __device__ __forceinline__ void copy(uint32_t slice) {
     if constexpr (kUnit == 1) {
-      Tap next = tap_;
-      next.advance<true>(1, p_);
+      Tap second = tap_;
+      ++second.channel;
+      second.wrap(p_);
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        const uint32_t low = inside(i, tap_) ? from_[i][tap_.offset] : 0,
-                       high = inside(i, next) ? from_[i][next.offset] : 0;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(slice + to_ + i * kStep * kBlockK * 2),
-                     "r"(low | high << 16)
+                     "r"(load(i, tap_) | load(i, second) << 16)
                      : "memory");
       }
     } else {
+      const uint16_t* from = static_cast<const uint16_t*>(p_.x) + tap_.channel;
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         const uint32_t to = slice + to_ + i * kStep * kBlockK * 2;
-        const int valid = inside(i, tap_) ? kUnit * 2 : 0;
+        const uint16_t* at = from + static_cast<uint64_t>(pixel_[i]) * static_cast<uint32_t>(p_.pitch);
+        const int valid = inside_ & 1 << i ? kUnit * 2 : 0;
         if constexpr (kUnit == 8)
-          copy_async(to, from_[i] + tap_.offset, valid);
+          copy_async(to, at, valid);
         else
-          copy_async_small<4>(to, from_[i] + tap_.offset, valid);
+          copy_async_small<4>(to, at, valid);
       }
     }
-    tap_.advance<kLong>(kBlockK, p_);
+    tap_.channel += kBlockK;
   }
 
  private:
-  static constexpr bool kLong = kUnit == 8;  // pixels of at least kBlockK channels
   static constexpr int kWidth = kUnit == 8 ? 8 : 2,
                        kUnits = kBlockK / kWidth;  // of a thread; in a row of a slice
   static constexpr int kStep = threads_of(kTile) / kUnits, kCopies = kTiles[kTile].m / kStep;
   static_assert(kStep % 8 == 0 && kTiles[kTile].m % kStep == 0, "copies divide evenly, and swizzle alike");
 
-  __device__ __forceinline__ bool inside(int i, const Tap& tap) const {
-    return tap.y < p_.kernel_h && static_cast<unsigned>(y_[i] + tap.y) < static_cast<unsigned>(p_.height) &&
-           static_cast<unsigned>(x_[i] + tap.x) < static_cast<unsigned>(p_.width);
+  // The number of the tap's pixel among those of x, and whether there is one.
+  __device__ __forceinline__ bool locate(uint32_t& pixel, int i, const Tap& tap) const {
+    const int x = x_[i] + tap.x, y = y_[i] + tap.y;
+    pixel = (image_[i] + nearest(y, p_.rows)) * p_.source_width + nearest(x, p_.columns);
+    return static_cast<unsigned>(x) < static_cast<unsigned>(p_.width) &&
+           static_cast<unsigned>(y) < static_cast<unsigned>(p_.height) && tap.y < p_.kernel_h;
+  }
+  __device__ __forceinline__ uint32_t load(int i, const Tap& tap) const {
+    uint32_t pixel;
+    if (!locate(pixel, i, tap)) return 0;
+    return static_cast<const uint16_t*>(p_.x)[static_cast<int64_t>(pixel) * p_.pitch + tap.channel];
   }
 
   const Conv2dParams& p_;
-  const uint16_t* from_[kCopies];
   int x_[kCopies], y_[kCopies];  // of the patch's first pixel
+  int image_[kCopies];           // rows of x before the image
+  uint32_t pixel_[kCopies];
+  uint32_t inside_;  // a bit a copy
   Tap tap_{};
   uint32_t to_;
 };
 
 template <class T, TileName kTile, int kUnit>
 __device__ __forceinline__ void convolve(const Conv2dParams& p) {
-  const int first_row = blockIdx.x * kTiles[kTile].m,
-            first_panel = blockIdx.y * (kTiles[kTile].n / kPanelRows);
+  const int others = p.rows_first ? p.row_tiles : p.column_tiles;
+  const int outer = blockIdx.x / others, inner = blockIdx.x - outer * others;
+  const int row_tile = p.rows_first ? inner : outer, column_tile = p.rows_first ? outer : inner;
+  const int first_row = row_tile * kTiles[kTile].m;
   Patches<kTile, kUnit> x(p, first_row);
-  PanelBlocks<kTile, WeightType::half> w(p.w, first_panel, p.panels, p.blocks);
+  PanelBlocks<kTile, WeightType::half> w(p.w, column_tile * (kTiles[kTile].n / kPanelRows), p.panels,
+                                         p.blocks);
   Accumulators<kTile> sums;
   multiply<T, WeightType::half, kTile>(sums, x, w, p.blocks, shared_address(shared));
   finish<T, kTile>(p.epilogue, sums, reinterpret_cast<float*>(shared),
-                   first_output<kTile>(p.epilogue, blockIdx.y),
+                   first_output<kTile>(p.epilogue, column_tile),
                    [&](int row) { return first_row + row < p.m ? first_row + row : -1; });
 }
 

@@ -1,4 +1,5 @@
 #include <cstdlib>
+#include <limits>
 #include <string_view>
 
 #include "../../runtime/error.h"
@@ -27,8 +28,8 @@ TileName tile_for(int64_t m, int64_t n, int multiprocessors, bool few_possible) 
   const auto fills = [&](TileName name) {
     return ceil_div(m, kTiles[name].m) * ceil_div(n, kTiles[name].n) >= multiprocessors;
   };
-  if (m > kTiles[kSmall].m && fills(kLarge)) return kLarge;
-  return fills(kSmall) ? kSmall : kThin;
+  if (m > kTiles[kSmall].m && n > kTiles[kSmall].n && fills(kLarge)) return kLarge;
+  return n > kTiles[kThin].n && fills(kSmall) ? kSmall : kThin;
 }
 
 WeightType weight_type_of(const View& w) {
@@ -56,12 +57,16 @@ Epilogue epilogue_of(const View& w, const View& bias, const View& scale, const V
   e.out = out.data;
   e.gated = w.layout == Layout::gated_panels;
   e.outputs = static_cast<int32_t>(e.gated ? w.shape[0] / 2 : w.shape[0]);
+  const bool rows_of_bias = bias.rank == 2 && bias.shape[0] > 1;
+  e.bias_rows = rows_of_bias ? static_cast<int32_t>(out.numel() / e.outputs / bias.shape[0])
+                             : std::numeric_limits<int32_t>::max();
+  e.bias_stride = rows_of_bias ? bias.strides[0] : 0;
   e.residual_rows = residual ? static_cast<int32_t>(residual.shape[0]) : 1;
   e.residual_stride = residual ? residual.strides[0] : 0;
   e.activation = static_cast<int32_t>(activation);
   e.out_f32 = out.dtype == DType::f32;
-  e.aligned = e.outputs % 8 == 0 && e.residual_stride % 8 == 0 && on_16_bytes(e.bias) &&
-              on_16_bytes(e.scale) && on_16_bytes(e.residual) && on_16_bytes(e.out);
+  e.aligned = e.outputs % 8 == 0 && e.bias_stride % 4 == 0 && e.residual_stride % 8 == 0 &&
+              on_16_bytes(e.bias) && on_16_bytes(e.scale) && on_16_bytes(e.residual) && on_16_bytes(e.out);
   return e;
 }
 

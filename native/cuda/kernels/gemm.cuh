@@ -100,9 +100,10 @@ struct Weights<T, WeightType::int4> {
 
 // -- copies to shared memory --
 
-// A loader of x copies one slice, rows [kM][kBlockK] swizzled<4>, a call; what is past K becomes zeros. This
-// one: rows `stride` elements apart, all on 16 bytes, K a multiple of 8. Rows past the last repeat it: nobody
-// stores their results.
+// A loader of x copies one slice, rows [kM][kBlockK] swizzled<4>, a call; what is past K becomes zeros. Where
+// slices do not simply follow one another, next() looks up where they are: it returns how many calls of copy
+// it has made ready, the same number in all threads. This one: rows `stride` elements apart, all on 16 bytes,
+// K a multiple of 8. Rows past the last repeat it: nobody stores their results.
 template <TileName kTile>
 class StridedRows {
  public:
@@ -115,6 +116,7 @@ class StridedRows {
     left_ = k - piece * 8;
     to_ = swizzled<4>(row, piece);
   }
+  static constexpr bool kOneRun = true;  // without next()
   __device__ __forceinline__ void copy(uint32_t slice) {
     const int valid = left_ > 0 ? 16 : 0;
 #pragma unroll
@@ -201,7 +203,12 @@ __device__ __forceinline__ void multiply(Accumulators<kTile>& sums, Rows& x, Pan
     for (int i = 0; i < kRows; ++i) load_matrices(a[half][i], read + x_at[half] + i * 16 * kBlockK * 2);
   };
 
+  int ready = 0;
   for (uint32_t slice = shared; slice != write; slice += kSlice) {
+    if constexpr (!Rows::kOneRun) {
+      if (ready == 0) ready = x.next();
+      --ready;
+    }
     x.copy(slice);
     w.copy(slice + kSliceX);
     commit_copies();
@@ -216,7 +223,7 @@ __device__ __forceinline__ void multiply(Accumulators<kTile>& sums, Rows& x, Pan
     packed.unpack(b[j]);
   }
 
-  for (int block = 0; block < blocks; ++block) {
+  const auto turn = [&] {
     load_x(1);
     x.copy(write);
     w.copy(write + kSliceX);
@@ -240,6 +247,17 @@ __device__ __forceinline__ void multiply(Accumulators<kTile>& sums, Rows& x, Pan
 #pragma unroll
       for (int i = 0; i < kRows; ++i) multiply_add<T>(sums.c[i][j], a[1][i], b[j][2], b[j][3]);
       packed.unpack(b[j]);
+    }
+  };
+  if constexpr (Rows::kOneRun) {
+    for (int block = 0; block < blocks; ++block) turn();
+  } else {
+    for (int left = blocks; left > 0;) {
+      if (ready == 0) ready = x.next();
+      const int turns = min(left, ready);
+      left -= turns;
+      ready -= turns;
+      for (int i = 0; i < turns; ++i) turn();
     }
   }
   wait_copies<0>();
@@ -322,6 +340,10 @@ __device__ __forceinline__ int first_output(const Epilogue& e, int tile) {
   return tile * kTiles[kTile].n / (e.gated ? 2 : 1);
 }
 
+// The row of bias that row `row` of the result gets.
+__device__ __forceinline__ int bias_row(const Epilogue& e, int row) {
+  return row < e.bias_rows ? 0 : row / e.bias_rows;
+}
 __device__ __forceinline__ int64_t residual_at(const Epilogue& e, int row) {
   return (row < e.residual_rows ? row : row % e.residual_rows) * e.residual_stride;
 }
@@ -365,8 +387,11 @@ __device__ __forceinline__ void finish_elements(const Epilogue& e, const float* 
     if (row < 0 || output >= e.outputs) continue;
     const int column = column_of(tile_output, e.gated);
     ColumnTerms<1> terms;
-    if (e.bias) terms.bias[0] = e.bias[output];
-    if (e.bias && e.gated) terms.up_bias[0] = e.bias[e.outputs + output];
+    if (e.bias) {
+      const float* bias = e.bias + bias_row(e, row) * e.bias_stride + output;
+      terms.bias[0] = bias[0];
+      if (e.gated) terms.up_bias[0] = bias[e.outputs];
+    }
     terms.scale[0] = e.scale ? e.scale[output] : 1.0f;
     float value[1] = {tile[result_at<kColumns>(tile_row, column)]}, up[1] = {}, added[1] = {};
     if (e.gated) up[0] = tile[result_at<kColumns>(tile_row, column + kPanelRows)];
@@ -386,31 +411,43 @@ __device__ __forceinline__ void load_four(float* to, const float* from) {
 }
 
 // Eight outputs a thread and turn, the same columns in every turn: two fours, neighbours if they fill 16
-// bytes together, else half a row of the tile apart. Needs e.aligned.
+// bytes together, else half a row of the tile apart. Needs e.aligned and, if bias has several rows, a row_of
+// that never goes back.
 template <class T, int kRows, int kColumns, int kThreads, class RowOf>
 __device__ __forceinline__ void finish_vectors(const Epilogue& e, const float* tile, int first_output,
                                                RowOf row_of) {
   const int log_lanes = log2_of(kColumns / 8) - e.gated, lanes = 1 << log_lanes;
   const int lane = threadIdx.x & lanes - 1;
   int output[2];
+  bool valid[2];
   ColumnTerms<8> terms;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     output[half] = e.out_f32 ? (half * lanes + lane) * 4 : lane * 8 + half * 4;
     const int at = first_output + output[half];
-    const bool valid = at < e.outputs;
-    if (e.bias && valid) load_four(terms.bias + half * 4, e.bias + at);
-    if (e.bias && valid && e.gated) load_four(terms.up_bias + half * 4, e.bias + e.outputs + at);
+    valid[half] = at < e.outputs;
 #pragma unroll
     for (int i = 0; i < 4; ++i) terms.scale[half * 4 + i] = 1.0f;
-    if (e.scale && valid) load_four(terms.scale + half * 4, e.scale + at);
+    if (e.scale && valid[half]) load_four(terms.scale + half * 4, e.scale + at);
   }
-  if (first_output + output[0] >= e.outputs) return;
+  if (!valid[0]) return;
 
+  int next_bias = 0;  // first row of another row of bias
 #pragma unroll 1
   for (int tile_row = threadIdx.x >> log_lanes; tile_row < kRows; tile_row += kThreads >> log_lanes) {
     const int row = row_of(tile_row);
     if (row < 0) continue;
+    if (e.bias && row >= next_bias) {
+      const int from = bias_row(e, row);
+      next_bias = (from + 1) * e.bias_rows;
+      const float* bias = e.bias + from * e.bias_stride + first_output;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (!valid[half]) continue;
+        load_four(terms.bias + half * 4, bias + output[half]);
+        if (e.gated) load_four(terms.up_bias + half * 4, bias + e.outputs + output[half]);
+      }
+    }
     float value[8], up[8] = {}, added[8] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -419,13 +456,12 @@ __device__ __forceinline__ void finish_vectors(const Epilogue& e, const float* t
       if (e.gated) load_four(up + half * 4, tile + result_at<kColumns>(tile_row, column + kPanelRows));
     }
     const int64_t to = static_cast<int64_t>(row) * e.outputs + first_output;
-    const bool second = first_output + output[1] < e.outputs;
     if (e.residual) {
       const T* residual = static_cast<const T*>(e.residual) + residual_at(e, row) + first_output;
       uint4 eight = {};
       if (e.out_f32) {
         const uint2 low = *reinterpret_cast<const uint2*>(residual + output[0]);
-        const uint2 high = second ? *reinterpret_cast<const uint2*>(residual + output[1]) : uint2{};
+        const uint2 high = valid[1] ? *reinterpret_cast<const uint2*>(residual + output[1]) : uint2{};
         eight = make_uint4(low.x, low.y, high.x, high.y);
       } else {
         eight = *reinterpret_cast<const uint4*>(residual + output[0]);
@@ -441,7 +477,7 @@ __device__ __forceinline__ void finish_vectors(const Epilogue& e, const float* t
     if (e.out_f32) {
       float* out = static_cast<float*>(e.out) + to;
       *reinterpret_cast<float4*>(out + output[0]) = make_float4(value[0], value[1], value[2], value[3]);
-      if (second)
+      if (valid[1])
         *reinterpret_cast<float4*>(out + output[1]) = make_float4(value[4], value[5], value[6], value[7]);
     } else {
       *reinterpret_cast<uint4*>(static_cast<T*>(e.out) + to + output[0]) =

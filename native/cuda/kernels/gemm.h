@@ -117,14 +117,15 @@ MGM_ANYWHERE int few_shared_bytes(WeightType type, int rows, int k, int warps) {
   return few_x_bytes(rows, k) + warps * few_ring_bytes(type);
 }
 
-// out[m] = residual[m % residual_rows] + scale * act(sum + bias), or act(gate + bias) * (up + bias) if gated.
+// out[m] = residual[m % residual_rows] + scale * act(sum + bias[m / bias_rows]), or act(gate + bias) * (up +
+// bias) if gated.
 struct Epilogue {
-  const float* bias;     // [outputs] or null (gated: [2 outputs], gates first)
+  const float* bias;     // [ceil(M / bias_rows), outputs] or null (gated: [.., 2 outputs], gates first)
   const float* scale;    // [outputs] or null
   const void* residual;  // of the activations' type, [residual_rows, outputs] or null; may be `out`
   void* out;             // [M, outputs], of the activations' type or f32
-  int64_t residual_stride;
-  int32_t residual_rows, outputs;
+  int64_t bias_stride, residual_stride;
+  int32_t bias_rows, residual_rows, outputs;
   int32_t activation;  // mgm::Activation
   bool gated, out_f32;
   bool aligned;  // eight outputs can be read and written at once

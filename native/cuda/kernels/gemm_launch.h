@@ -6,8 +6,9 @@
 namespace mgm::cuda {
 
 // The one place where tiles are chosen, from the result's size alone: m rows, n rows of W. Large tiles reuse
-// each byte more often, small ones keep more multiprocessors busy; the results are the same. MGM_CUDA_TILE
-// ("large", "small", "thin", "few") decides for tests and measurements; few is taken where m allows it.
+// each byte more often, small ones keep more multiprocessors busy and waste less on few columns; the results
+// are the same. MGM_CUDA_TILE ("large", "small", "thin", "few") decides for tests and measurements; few is
+// taken where m allows it.
 TileName tile_for(int64_t m, int64_t n, int multiprocessors, bool few_possible);
 
 WeightType weight_type_of(const View& w);

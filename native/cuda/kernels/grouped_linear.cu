@@ -34,6 +34,7 @@ class GroupRows {
     }
     to_ = swizzled<4>(row, piece);
   }
+  static constexpr bool kOneRun = true;
   __device__ __forceinline__ void copy(uint32_t slice) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {

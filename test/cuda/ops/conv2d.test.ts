@@ -11,7 +11,8 @@ interface Case {
   outputs: number
   kernel: [number, number]
   stride: number
-  pad: number
+  pad: number | [number, number]
+  resize?: [number, number]
 }
 
 const base = { batch: 1, height: 9, width: 11, channels: 5, outputs: 7, stride: 1, pad: 0 }
@@ -24,6 +25,34 @@ const cases: Record<'pieces' | 'pairs' | 'elements', Record<string, Case>> = {
     '1x1': { ...base, channels: 64, outputs: 136, kernel: [1, 1] },
     'runs of several pixels': { ...base, width: 16, channels: 4, kernel: [2, 8], stride: 4 },
     'only padding under most taps': { ...base, height: 1, width: 1, channels: 40, kernel: [3, 3], pad: 3 },
+    'several pixels in a slice': { ...base, batch: 2, channels: 8, kernel: [3, 3], stride: 2, pad: 1 },
+    'zeros on one side': { ...base, channels: 16, outputs: 20, kernel: [3, 3], stride: 2, pad: [0, 1] },
+    'zeros on the other side': { ...base, channels: 96, kernel: [2, 2], pad: [2, 0] },
+    'many channels': { ...base, height: 6, width: 5, channels: 320, outputs: 4, kernel: [3, 3], pad: 1 },
+    'nearest 2x': {
+      ...base,
+      batch: 2,
+      height: 4,
+      width: 5,
+      channels: 48,
+      outputs: 64,
+      kernel: [3, 3],
+      pad: 1,
+      resize: [8, 10],
+    },
+    'nearest 3 → 5 and 4 → 7': {
+      ...base,
+      batch: 3,
+      height: 3,
+      width: 4,
+      channels: 32,
+      outputs: 3,
+      kernel: [3, 3],
+      pad: 1,
+      resize: [5, 7],
+    },
+    'nearest, smaller, without padding': { ...base, channels: 24, kernel: [2, 2], stride: 2, resize: [7, 6] },
+    'nearest in one direction': { ...base, channels: 64, kernel: [1, 1], resize: [9, 23] },
   },
   pairs: {
     'CLIP patches': {
@@ -45,15 +74,18 @@ const cases: Record<'pieces' | 'pairs' | 'elements', Record<string, Case>> = {
       kernel: [4, 4],
       stride: 4,
     },
-    'few channels with stride 2': {
-      ...base,
-      batch: 3,
-      channels: 8,
-      kernel: [3, 3],
-      stride: 2,
-      pad: 1,
-    },
     'padded pairs': { ...base, channels: 6, kernel: [3, 3], pad: 1 },
+    latents: { ...base, batch: 2, channels: 4, outputs: 20, kernel: [3, 3], pad: 1 },
+    'nearest 4 → 7 and 3 → 5': {
+      ...base,
+      batch: 2,
+      height: 4,
+      width: 3,
+      channels: 4,
+      kernel: [3, 3],
+      pad: [0, 1],
+      resize: [7, 5],
+    },
   },
   elements: {
     'CLIP patches of an odd picture': {
@@ -68,6 +100,17 @@ const cases: Record<'pieces' | 'pairs' | 'elements', Record<string, Case>> = {
     'a kernel wider than the image': { ...base, height: 2, width: 1, kernel: [4, 5], pad: 2 },
     'one channel': { ...base, channels: 1, kernel: [3, 3], pad: 1 },
     '1x1': { ...base, channels: 33, kernel: [1, 1] },
+    'nearest 3 → 5 and 5 → 13': {
+      ...base,
+      batch: 2,
+      height: 3,
+      width: 5,
+      channels: 3,
+      kernel: [3, 2],
+      stride: 2,
+      pad: [1, 0],
+      resize: [5, 13],
+    },
   },
 }
 
@@ -131,6 +174,74 @@ cudaTests('conv2d on the GPU', cuda => {
         )
     },
   )
+
+  it('adds to each image its own row of a bias', async () => {
+    const random = new Random()
+    for (const outputs of [40, 20, 4])
+      for (const shared of [{}, { activation: 'silu' }] satisfies { activation?: Activation }[]) {
+        // 15 positions: a tile holds several images, and an image lies in two tiles.
+        const c: Case = {
+          ...base,
+          batch: 6,
+          height: 3,
+          width: 5,
+          channels: 8,
+          outputs,
+          kernel: [3, 3],
+          pad: 1,
+        }
+        const data = draw(c, random)
+        const [bias, residual] = [random.normals(6 * 72), random.normals(90 * outputs)]
+        for (const [from, dtype] of [
+          [0, 'bf16'],
+          [24, 'f16'],
+          [3, 'f16'],
+        ] as const)
+          for (const tile of ['large', 'small', 'thin'])
+            await cuda.same(
+              {
+                dtype,
+                limit: { absolute: 1e-4, relative: 1e-5 },
+                what: `${outputs} outputs, bias from ${from}, ${tile}, seed ${random.seed}`,
+              },
+              t =>
+                withTile(tile, () =>
+                  run(t, c, data, {
+                    bias: t.plain(bias, [6, 72]).narrow(1, from, outputs),
+                    residual: t.a(residual, [90, outputs]),
+                    ...shared,
+                  }),
+                ),
+            )
+      }
+  })
+
+  it.each([
+    [2 ** 20, 999_983],
+    [999_983, 2 ** 20],
+    [2 ** 20 - 1, 2 ** 20],
+    [7, 2 ** 20],
+  ])('finds the nearest of %i pixels for %i', async (width, resized) => {
+    const random = new Random()
+    const x = Float32Array.from({ length: width * 2 }, () => random.integer(-8, 8))
+    const w = Float32Array.of(1, 16)
+    await cuda.same({ dtype: 'f16', limit: 'exact', what: `seed ${random.seed}` }, t =>
+      conv2d(t.a(x, [1, 1, width, 2]), t.packed(w, [1, 2]), {
+        kernel: [1, 1],
+        stride: 997,
+        resize: [1, resized],
+      }),
+    )
+  })
+
+  it('refuses to resize what its indices cannot reach', () => {
+    const t = cuda.inputs(cuda.gpu, 'f16')
+    const x = cuda.gpu.zeros([1, 1, 2 ** 20 + 1, 1], 'f16')
+    const w = t.packed([1], [1, 1])
+    expect(() => conv2d(x, w, { kernel: [1, 1], resize: [1, 1] })).toThrow(
+      /\[conv2d\] expected at most 1048576 .* but received f16 \[1, 1, 1048577, 1\]/,
+    )
+  })
 
   it('gives an image the same bits in every batch and tile, however its patches are copied', async () => {
     const random = new Random()
