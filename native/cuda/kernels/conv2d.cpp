@@ -52,7 +52,7 @@ void conv2d(Queue& queue, const Conv2dArgs& args) {
   p.columns = nearest_index(x.shape[2], args.width);
   p.source_height = static_cast<int32_t>(x.shape[1]);
   p.source_width = static_cast<int32_t>(x.shape[2]);
-  p.pitch = static_cast<int32_t>(channels);
+  p.pixel_bytes = static_cast<uint32_t>(channels * 2);
   p.height = args.height;
   p.width = args.width;
   p.out_height = static_cast<int32_t>(out.shape[1]);
@@ -65,9 +65,10 @@ void conv2d(Queue& queue, const Conv2dArgs& args) {
   p.channels = static_cast<int32_t>(run);
   p.kernel_h = args.kernel_h;
   p.kernel_w = runs ? 1 : args.kernel_w;
-  p.run = static_cast<int32_t>(run % kBlockK ? 1 : run / kBlockK);
+  p.run = static_cast<int32_t>(run % kBlockK == 0 ? run / kBlockK : 1);
   p.stride = args.stride;
   p.pad = args.pad_before;
+  p.resized = resized;
   // As in linear: the larger operand is read once, and the smaller stays in L2.
   p.rows_first = x.numel() <= n * args.w.shape[1];
   p.epilogue = epilogue_of(args.w, args.bias, args.scale, args.residual, args.activation, out);

@@ -22,11 +22,11 @@ inline NearestIndex nearest_index(int64_t size, int64_t resized) {
 }
 
 struct Conv2dParams {
-  const void* x;  // [B, source_height, source_width, pitch]
+  const void* x;  // [B, source_height, source_width, C]
   const uint8_t* w;
   NearestIndex rows, columns;           // of x, for those of the image convolved
   int32_t source_height, source_width;  // of x
-  int32_t pitch;                        // elements from pixel to pixel
+  uint32_t pixel_bytes;                 // from pixel to pixel
   int32_t height, width;                // of the image convolved
   int32_t out_height, out_width;
   int32_t m;  // B * OH * OW
@@ -36,6 +36,7 @@ struct Conv2dParams {
   int32_t channels, kernel_h, kernel_w;
   int32_t run;  // slices in which no thread comes to another pixel
   int32_t stride, pad;
+  bool resized;
   bool rows_first;  // row tiles are neighbours in the grid
   Epilogue epilogue;
 };
