@@ -98,7 +98,10 @@ export async function loadTokenizer(folder: string, options: LoadTokenizerOption
   )
 }
 
-async function readIfThere(path: string, signal: AbortSignal | undefined): Promise<Uint8Array | undefined> {
+export async function readIfThere(
+  path: string,
+  signal: AbortSignal | undefined,
+): Promise<Uint8Array | undefined> {
   throwIfAborted(signal)
   try {
     const { size } = await stat(path)
@@ -117,14 +120,14 @@ async function readIfThere(path: string, signal: AbortSignal | undefined): Promi
 
 type Json = Record<string, unknown>
 
-const isObject = (value: unknown): value is Json =>
+export const isObject = (value: unknown): value is Json =>
   typeof value === 'object' && value !== null && !Array.isArray(value)
 
-function invalid(where: string, what: string, received: string): MgmError {
+export function invalid(where: string, what: string, received: string): MgmError {
   return new MgmError('TOKENIZER_INVALID', `expected ${what} for ${where} but received ${received}`)
 }
 
-function parseJson(bytes: Uint8Array | undefined, path: string): Json | undefined {
+export function parseJson(bytes: Uint8Array | undefined, path: string): Json | undefined {
   if (bytes === undefined) return undefined
   let value: unknown
   try {
@@ -139,7 +142,7 @@ function parseJson(bytes: Uint8Array | undefined, path: string): Json | undefine
 }
 
 /** A token that matches as a whole before the model runs. Source: `AddedToken` of transformers. */
-interface AddedToken {
+export interface AddedToken {
   readonly content: string
   readonly lstrip: boolean
   readonly rstrip: boolean
@@ -149,7 +152,7 @@ interface AddedToken {
 }
 
 /** What tokenizer_config.json, special_tokens_map.json and added_tokens.json say together. */
-interface Settings {
+export interface Settings {
   readonly tokenizerClass: string
   readonly addBos: boolean
   readonly addEos: boolean
@@ -177,7 +180,7 @@ const SPECIAL_ROLES = [
   'mask_token',
 ]
 
-function readSettings(
+export function readSettings(
   folder: string,
   config: Json,
   specialMap: Json,
@@ -251,7 +254,7 @@ function tokenText(value: unknown): string | undefined {
   return isObject(value) && typeof value.content === 'string' ? value.content : undefined
 }
 
-function plainToken(content: string, special: boolean): AddedToken {
+export function plainToken(content: string, special: boolean): AddedToken {
   return { content, lstrip: false, rstrip: false, singleWord: false, normalized: !special, special }
 }
 
@@ -433,7 +436,7 @@ function toLibraryToken(id: number, token: AddedToken): Json {
   }
 }
 
-function readVocab(model: Json, path: string): [string, number][] {
+export function readVocab(model: Json, path: string): [string, number][] {
   if (isObject(model.vocab) && model.type === 'BPE') {
     if (!Array.isArray(model.merges))
       throw invalid(`model.merges in ${path}`, 'an array', typeof model.merges)
@@ -517,7 +520,7 @@ const BYTE_OF_CHAR = (() => {
 })()
 
 /** Source: `ByteLevel` of the Rust tokenizers: a token outside the alphabet stands for its own UTF-8. */
-class ByteLevelStream implements Decoder {
+export class ByteLevelStream implements Decoder {
   readonly #tokenOf: TokenOf
   #decoder = new TextDecoder('utf-8', { ignoreBOM: true })
 
@@ -699,7 +702,7 @@ function createSlow(folder: string, model: SentencePieceModel, settings: Setting
 }
 
 /** Finds added tokens: leftmost first, at one place the longest. */
-function matcher(tokens: Iterable<string>): RegExp | undefined {
+export function matcher(tokens: Iterable<string>): RegExp | undefined {
   const sorted = [...tokens].sort((a, b) => b.length - a.length)
   if (sorted.length === 0) return undefined
   return new RegExp(sorted.map(token => token.replace(/[.*+?^${}()|[\]\\]/g, '\\$&')).join('|'), 'g')
@@ -712,7 +715,7 @@ const LEADING_SPACE = new RegExp(`^${PYTHON_SPACE}`)
 const TRAILING_SPACE = new RegExp(`${PYTHON_SPACE}$`)
 
 /** Source: `PreTrainedTokenizer.tokenize` of transformers. An added token comes out as its id. */
-function splitAdded(
+export function splitAdded(
   text: string,
   pattern: RegExp,
   addedIds: ReadonlyMap<string, number>,
@@ -904,7 +907,7 @@ class SlowLlamaStream implements Decoder {
 // ---------------------------------------------------------------------------------------------------------------------
 
 /** Source: `clean_up_tokenization` of transformers. */
-function cleanUp(text: string): string {
+export function cleanUp(text: string): string {
   return text
     .replaceAll(' .', '.')
     .replaceAll(' ?', '?')
