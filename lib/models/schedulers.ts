@@ -196,8 +196,7 @@ const PATHS: Record<Sampler, (config: SchedulerConfig, steps: number, karras: bo
     let sigmas = timesteps.map(t => interpolate(table, t))
     if (karras) {
       sigmas = karrasSigmas(table.at(-1)!, table[0]!, steps)
-      const toWhole = config.beta_schedule === 'squaredcos_cap_v2' ? Math.trunc : roundHalfEven
-      timesteps = sigmas.map(sigma => toWhole(timestepOf(table, sigma)))
+      timesteps = sigmas.map(sigma => roundHalfEven(timestepOf(table, sigma)))
     }
     const levels = sigmas.map(sigma => ({
       image: 1 / Math.hypot(1, sigma),
