@@ -130,13 +130,14 @@ def cases():
 
 
 def encoded():
-    """The latent means of the golden image, a row a latent: [12 * 16, 4]."""
+    """The latent means of the golden image, a row a latent [12 * 16, 4], with and without the convolution at the end."""
     folder = FIXTURES / "sdxl-tiny"
     vae = AutoencoderKL.from_pretrained(folder / "pipeline/vae", variant="fp16", torch_dtype=torch.float32)
     pixels = np.asarray(Image.open(folder / "image.png").convert("RGB"), dtype=np.float32) / 127.5 - 1
     with torch.no_grad():
-        means = vae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]).latent_dist.mean
-    return map(digits, means[0].permute(1, 2, 0).reshape(-1, 4))
+        moments = vae.encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+        for means in (vae.quant_conv(moments)[0, :4], moments[0, :4]):
+            yield [digits(row) for row in means.permute(1, 2, 0).reshape(-1, 4)]
 
 
 def write(name, rows):

@@ -352,22 +352,22 @@ export class Vae {
     return new Vae(loader, config, await loadParts(loader, weights, config, options))
   }
 
-  /** The side of the largest latent that is decoded at once by default. */
+  /** The side of the square of latents that the model was trained on: decoded at once by default. */
   get defaultTile(): number {
     return Math.max(SMALLEST_TILE, Math.floor(this.config.sample_size / this.scale))
   }
 
   /**
    * latents A [B, h, w, 4], divided by the scaling factor → pixels [B, 8h, 8w, 3], about −1…1; of type A, or f32 where
-   * tiles were blended. Latents over `tile` on either side are decoded in overlapping tiles, one after the other, each
-   * normed by itself: memory is that of one tile.
+   * tiles were blended. More than tile² latents are decoded in overlapping tiles of at most `tile` × `tile`, one after the
+   * other: memory is that of one tile. Each is normed by itself, so that colours may differ a little from those of the whole.
    */
   decode(latents: Tensor, options: { tile?: number | undefined } = {}, observe?: Observe): Tensor {
     const { tile = this.defaultTile } = options
     if (!Number.isInteger(tile) || tile < SMALLEST_TILE)
-      throw expected(`an integer from ${SMALLEST_TILE}`, 'tile', tile)
+      throw expected(`an integer of at least ${SMALLEST_TILE}`, 'tile', tile)
     const [batch, height, width] = latents.shape as [number, number, number, number]
-    if (height <= tile && width <= tile) return this.decodeWhole(latents, observe)
+    if (height * width <= tile ** 2) return this.decodeWhole(latents, observe)
 
     const { device } = this.loader
     const { scale } = this
@@ -416,7 +416,7 @@ export class Vae {
   ): number {
     const { batch = 1, tile = this.defaultTile } = options
     const [h, w] = [height / this.scale, width / this.scale]
-    const tiled = h > tile || w > tile
+    const tiled = h * w > tile ** 2
     const latents = tiled ? tilesAlong(h, tile)[0]!.length * tilesAlong(w, tile)[0]!.length : h * w
     const canvas = tiled ? height * width * this.config.out_channels * 4 : 0
 
