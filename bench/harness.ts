@@ -284,6 +284,12 @@ export function randomTensor(device: Device, shape: readonly number[], scale = 1
   return device.tensor(data, shape)
 }
 
+/** The bits of an f32 below 2 as f16, cut off; what would be subnormal becomes 0. */
+function f16Bits(word: number): number {
+  const exponent = ((word >>> 23) & 255) - 127 + 15
+  return ((word >>> 16) & 0x8000) | (exponent > 0 ? (exponent << 10) | ((word >>> 13) & 1023) : 0)
+}
+
 /**
  * Weights of any name and shape, for models at real sizes without a checkpoint: every tensor lies somewhere in one
  * temporary file of random numbers in ±0.03, as large as the largest of them.
@@ -298,13 +304,13 @@ export class RandomWeights implements Weights {
 
   /** `largest`: elements of the largest tensor. `rows` stands in for dimensions that the model leaves open. */
   constructor(dtype: WeightDType, largest: number, rows = 0) {
-    if (dtype === 'f16') throw new Error('expected f32 or bf16 for random weights but received f16')
     this.#dtype = dtype
     this.#rows = rows
     const numbers = randomF32(UNIT_BLOCK).map(value => value * 0.03)
-    // The upper halves of floats are the same numbers in bf16, cut off.
-    const block =
-      dtype === 'f32' ? numbers : new Uint16Array(numbers.buffer).filter((_, i) => i % 2 === 1).slice()
+    const block = dtype === 'f32' ? numbers : new Uint16Array(numbers.length)
+    const bits = new Uint32Array(numbers.buffer)
+    if (dtype === 'bf16') for (const [i, word] of bits.entries()) block[i] = word >>> 16
+    if (dtype === 'f16') for (const [i, word] of bits.entries()) block[i] = f16Bits(word)
     const chunk = new Uint8Array(block.buffer, block.byteOffset, block.byteLength)
     const descriptor = openSync(this.#file, 'w')
     const wanted = largest * (dtype === 'f32' ? 4 : 2)

@@ -3,12 +3,13 @@ import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import { Device } from '../lib/device.ts'
 import { decode } from './decode.ts'
+import { diffusion } from './diffusion.ts'
 import { gemm } from './gemm.ts'
 import { bandwidthLimit, fmaLimit, machine, type Row, type Settings, table } from './harness.ts'
 import { mining } from './mining.ts'
 import { vision } from './vision.ts'
 
-const BENCHES = { mining, gemm, decode, vision }
+const BENCHES = { mining, gemm, decode, vision, diffusion }
 
 const USAGE = `usage: npm run bench -- [--only ${Object.keys(BENCHES).join(',')}] [--quick] [--threads N] [--peers | --no-peers]
   --quick     small sizes and few rounds, to see that everything runs; its ratios mean nothing
