@@ -1,7 +1,6 @@
 import type { VaeConfig } from '../checkpoint/diffusers.ts'
 import { expected } from '../errors.ts'
 import {
-  addTile,
   attention,
   type Conv2dOptions,
   cast,
@@ -13,11 +12,10 @@ import {
 } from '../ops.ts'
 import { scope, type Tensor } from '../tensor.ts'
 import { advance, type Loader, type Observe, under, type Weights } from './loader.ts'
+import { blendTiles, tilesAlong } from './tiles.ts'
 
 /** Of every GroupNorm. */
 const EPS = 1e-6
-/** The share of a tile that it has in common with its neighbour. */
-const TILE_OVERLAP = 1 / 4
 const SMALLEST_TILE = 8
 
 /** GroupNorm, with SiLU unless an attention follows. */
@@ -289,41 +287,6 @@ class Coder {
   }
 }
 
-/** A piece of one side of an image. */
-export interface Tile {
-  readonly start: number
-  readonly length: number
-}
-
-/**
- * The fewest tiles of at most `limit` that cover `length`, neighbours having at least a quarter of `limit` in common. They
- * are made equally long, so that none is a mere strip, and no place belongs to three.
- */
-export function tilesAlong(length: number, limit: number): Tile[] {
-  if (length <= limit) return [{ start: 0, length }]
-  const overlap = Math.floor(limit * TILE_OVERLAP)
-  const count = Math.ceil((length - overlap) / (limit - overlap))
-  const size = Math.ceil((length + (count - 1) * overlap) / count)
-  return Array.from({ length: count }, (_, i) => ({
-    start: Math.floor((i * (length - size)) / (count - 1)),
-    length: size,
-  }))
-}
-
-/** How much of each of its pixels a tile gives, `scale` of them to a latent: rises and falls linearly where it meets a neighbour. */
-export function tileWeights(tiles: readonly Tile[], index: number, scale: number): Float32Array {
-  const { start, length } = tiles[index]!
-  const [before, after] = [tiles[index - 1], tiles[index + 1]]
-  const rise = before ? (before.start + before.length - start) * scale : 0
-  const fall = after ? (start + length - after.start) * scale : 0
-  const pixels = length * scale
-  return Float32Array.from({ length: pixels }, (_, i) => {
-    if (i < rise) return (i + 0.5) / rise
-    if (i >= pixels - fall) return (pixels - i - 0.5) / fall
-    return 1
-  })
-}
-
 /**
  * The autoencoder between images and the latents that are denoised. Where its config says `force_upcast`, f16 cannot hold its
  * activations; bf16 can. Source: `AutoencoderKL` of diffusers.
@@ -358,67 +321,66 @@ export class Vae {
   }
 
   /**
-   * latents A [B, h, w, 4], divided by the scaling factor → pixels [B, 8h, 8w, 3], about −1…1; of type A, or f32 where
-   * tiles were blended. More than tile² latents are decoded in overlapping tiles of at most `tile` × `tile`, one after the
-   * other: memory is that of one tile. Each is normed by itself, so that colours may differ a little from those of the whole.
+   * latents A [B, h, w, 4], divided by the scaling factor → pixels [B, 8h, 8w, 3], about −1…1; of type A, or f32 where tiles
+   * were blended. More than `tile`² latents are decoded in overlapping tiles of at most `tile` × `tile`, each normed by
+   * itself: colours may differ a little from those of the whole. Default: `defaultTile`.
    */
   decode(latents: Tensor, options: { tile?: number | undefined } = {}, observe?: Observe): Tensor {
-    const { tile = this.defaultTile } = options
-    if (!Number.isInteger(tile) || tile < SMALLEST_TILE)
-      throw expected(`an integer of at least ${SMALLEST_TILE}`, 'tile', tile)
-    const [batch, height, width] = latents.shape as [number, number, number, number]
-    if (height * width <= tile ** 2) return this.decodeWhole(latents, observe)
-
-    const { device } = this.loader
-    const { scale } = this
-    return scope(() => {
-      const canvas = device.zeros([batch, height * scale, width * scale, this.config.out_channels])
-      const [rows, columns] = [tilesAlong(height, tile), tilesAlong(width, tile)]
-      for (const [r, row] of rows.entries())
-        for (const [c, column] of columns.entries())
-          scope(() => {
-            const piece = latents.narrow(1, row.start, row.length).narrow(2, column.start, column.length)
-            const pixels = this.decodeWhole(cast(piece, latents.dtype))
-            addTile(canvas, pixels, {
-              rows: device.tensor(tileWeights(rows, r, scale), [pixels.shape[1]!]),
-              columns: device.tensor(tileWeights(columns, c, scale), [pixels.shape[2]!]),
-              y: row.start * scale,
-              x: column.start * scale,
-            })
-          })
-      return canvas
-    })
-  }
-
-  private decodeWhole(latents: Tensor, observe?: Observe): Tensor {
     const { postQuantConv, decoder } = this.parts
-    return scope(() => decoder.forward(postQuantConv?.forward(latents) ?? latents, observe))
+    const [, height, width] = latents.shape as [number, number, number, number]
+    const tile = this.tileFor(height, width, options.tile)
+    const whole = (latents: Tensor) =>
+      scope(() => decoder.forward(postQuantConv?.forward(latents) ?? latents, observe))
+    if (!tile) return whole(latents)
+    const channels = this.config.out_channels
+    return blendTiles(this.loader.device, latents, { tile, from: 1, to: this.scale, channels }, whole)
   }
 
   /**
-   * pixels A [B, H, W, 3] in −1…1, H and W multiples of 8 → the means of their latents A [B, H/8, W/8, 4], not scaled.
-   * @throws MgmError `INVALID_ARGUMENT` if it was loaded without its encoder.
+   * pixels A [B, 8h, 8w, 3] in −1…1 → the means of their latents A [B, h, w, 4], not scaled. In tiles as `decode`.
+   * @throws MgmError `INVALID_ARGUMENT` if it was loaded without its encoder, or for another height or width.
    */
-  encode(pixels: Tensor, observe?: Observe): Tensor {
+  encode(pixels: Tensor, options: { tile?: number | undefined } = {}, observe?: Observe): Tensor {
     const { encoder, quantConv } = this.parts
     if (!encoder) throw expected('one loaded with its encoder', 'encode', 'a Vae without')
+    const { scale } = this
+    const [height, width] = pixels.shape.slice(1, 3).map(n => n / scale) as [number, number]
+    if (!Number.isInteger(height) || !Number.isInteger(width))
+      throw expected(`a height and a width that ${scale} divides`, 'pixels', pixels.shape)
+    const tile = this.tileFor(height, width, options.tile)
+    const whole = (pixels: Tensor) =>
+      scope(() => {
+        const moments = encoder.forward(pixels, observe)
+        return quantConv?.forward(moments) ?? moments
+      })
+    if (!tile) return whole(pixels)
+    const channels = this.config.latent_channels
     return scope(() => {
-      const moments = encoder.forward(pixels, observe)
-      return quantConv?.forward(moments) ?? moments
+      const means = blendTiles(this.loader.device, pixels, { tile, from: scale, to: 1, channels }, whole)
+      return cast(means, pixels.dtype)
     })
   }
 
-  /** About the most bytes of activations that `decode` holds at a time, its result included. Height and width in pixels. */
+  /** The most latents on a side of a tile, or undefined where all of them fit into the area of one. */
+  private tileFor(height: number, width: number, tile = this.defaultTile): number | undefined {
+    if (!Number.isInteger(tile) || tile < SMALLEST_TILE)
+      throw expected(`an integer of at least ${SMALLEST_TILE}`, 'tile', tile)
+    return height * width > tile ** 2 ? tile : undefined
+  }
+
+  /**
+   * About the most bytes of activations that `decode` holds at a time, its result included; `encode` holds fewer. Height and
+   * width in pixels.
+   */
   bytesAt(
     height: number,
     width: number,
     options: { batch?: number; tile?: number | undefined } = {},
   ): number {
-    const { batch = 1, tile = this.defaultTile } = options
     const [h, w] = [height / this.scale, width / this.scale]
-    const tiled = h * w > tile ** 2
-    const latents = tiled ? tilesAlong(h, tile)[0]!.length * tilesAlong(w, tile)[0]!.length : h * w
-    const canvas = tiled ? height * width * this.config.out_channels * 4 : 0
+    const tile = this.tileFor(h, w, options.tile)
+    const latents = tile ? tilesAlong(h, tile)[0]!.length * tilesAlong(w, tile)[0]!.length : h * w
+    const canvas = tile ? height * width * this.config.out_channels * 4 : 0
 
     // Channels held for a latent: input, queries, keys, values, result and sum of the attention; then for each resolution
     // input, norm and output of a resnet's first convolution, or input, norm, shortcut and output of its second.
@@ -429,7 +391,7 @@ export class Vae {
     })
     const channels = Math.max(6 * widths[0]!, ...held)
     const bytes = this.loader.activations === 'f32' ? 4 : 2
-    return batch * (latents * channels * bytes + canvas)
+    return (options.batch ?? 1) * (latents * channels * bytes + canvas)
   }
 }
 

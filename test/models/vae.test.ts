@@ -1,13 +1,13 @@
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
-import type { VaeConfig } from '../../lib/checkpoint/diffusers.ts'
-import { TensorMap } from '../../lib/checkpoint/tensor-map.ts'
-import { openTensorFile } from '../../lib/checkpoint/weights.ts'
+import { openDiffusion } from '../../lib/checkpoint/diffusers.ts'
+import type { TensorMap } from '../../lib/checkpoint/tensor-map.ts'
 import { Device } from '../../lib/device.ts'
 import { Loader, type Observe } from '../../lib/models/loader.ts'
-import { tilesAlong, tileWeights, Vae } from '../../lib/models/vae.ts'
-import { toUint8 } from '../../lib/ops.ts'
+import { tilesAlong, tileWeights } from '../../lib/models/tiles.ts'
+import { Vae } from '../../lib/models/vae.ts'
+import { cast, toUint8 } from '../../lib/ops.ts'
 import { assertClose, FIXTURES, readSafetensors, toNhwc } from '../helpers/safetensors.ts'
 import { openDevice, Random } from '../ops/helpers.ts'
 import { upload } from './support.ts'
@@ -17,7 +17,6 @@ const TOLERANCE = 1e-4
 
 const device = openDevice()
 const folder = join(FIXTURES, 'sdxl-tiny')
-const CONFIG: VaeConfig = JSON.parse(readFileSync(join(folder, 'pipeline/vae/config.json'), 'utf8'))
 const goldens = readSafetensors(join(folder, 'tensors/pipeline.safetensors'))
 const golden = (name: string) => goldens.get(name)!
 
@@ -28,12 +27,10 @@ interface Loaded {
 }
 
 async function load({ encoder = false, config = {}, on = device } = {}): Promise<Loaded> {
-  const weights = new TensorMap(
-    'vae',
-    openTensorFile(join(folder, 'pipeline/vae/diffusion_pytorch_model.fp16.safetensors')),
-  )
+  const { vae: files } = openDiffusion(join(folder, 'pipeline'))
+  const { weights } = files
   const loader = new Loader(on)
-  const vae = await Vae.load(loader, weights, { ...CONFIG, ...config }, { encoder })
+  const vae = await Vae.load(loader, weights, { ...files.config, ...config }, { encoder })
   await loader.finish()
   return { vae, weights, dispose: () => loader.dispose() }
 }
@@ -243,6 +240,42 @@ describe('encode', () => {
     dispose()
   })
 
+  test('blends tiles where they meet', async () => {
+    const { vae, dispose } = await load({ encoder: true })
+    const encode = async (first: number, width: number, options: { tile?: number } = {}) => {
+      const latents = device.scope(() => vae.encode(cast(picture().narrow(2, first, width), 'f32'), options))
+      expect(latents.shape).toEqual([1, 12, width / 8, 4])
+      const numbers = await latents.readF32()
+      latents.dispose()
+      return numbers
+    }
+    expect(await encode(0, 128, { tile: 14 })).toEqual(await encode(0, 128))
+    // Two tiles of 10 columns, from 0 and from 6, have 4 in common.
+    const [blended, left, right] = [
+      await encode(0, 128, { tile: 12 }),
+      await encode(0, 80),
+      await encode(48, 80),
+    ]
+    const expected = blended.map((_, i) => {
+      const [y, x, c] = [Math.floor(i / 64), Math.floor(i / 4) % 16, i % 4]
+      const share = Math.min(1, Math.max(0, (x - 6 + 0.5) / 4))
+      const at = (piece: Float32Array, column: number) => piece[(y * 10 + column) * 4 + c]!
+      return (x < 10 ? (1 - share) * at(left, x) : 0) + (x >= 6 ? share * at(right, x - 6) : 0)
+    })
+    assertClose('blended', blended, expected, 1e-5)
+    dispose()
+  })
+
+  test('takes whole latents only', async () => {
+    const { vae, dispose } = await load({ encoder: true })
+    const pixels = device.zeros([1, 16, 12, 3])
+    expect(() => vae.encode(pixels)).toThrow(
+      'expected a height and a width that 8 divides for pixels but received [1, 16, 12, 3]',
+    )
+    pixels.dispose()
+    dispose()
+  })
+
   test('needs the encoder', async () => {
     const { vae, dispose } = await load()
     const pixels = picture()
@@ -264,7 +297,7 @@ describe('bytesAt', () => {
     [12, 16, 2, undefined],
     [48, 48, 1, 16],
     [48, 40, 1, 32],
-  ])('%i × %i latents, batch %i, tile %o', async (h, w, batch, tile) => {
+  ])('of %i × %i latents, batch %i, tile %o', async (h, w, batch, tile) => {
     const fresh = Device.open('cpu', { threads: 1 })
     const { vae, dispose } = await load({ on: fresh })
     const latents = fresh.zeros([batch, h, w, 4])
@@ -277,6 +310,22 @@ describe('bytesAt', () => {
     expect(share).toBeLessThan(1.15)
     pixels.dispose()
     latents.dispose()
+    dispose()
+    await fresh.close()
+  })
+
+  test('is enough for encode', async () => {
+    const fresh = Device.open('cpu', { threads: 1 })
+    const { vae, dispose } = await load({ on: fresh, encoder: true })
+    for (const tile of [16, 32]) {
+      const pixels = fresh.zeros([1, 256, 192, 3])
+      const held = fresh.memory().used
+      const latents = vae.encode(pixels, { tile })
+      await latents.read()
+      expect(fresh.memory().peak - held).toBeLessThan(vae.bytesAt(256, 192, { tile }))
+      latents.dispose()
+      pixels.dispose()
+    }
     dispose()
     await fresh.close()
   })
