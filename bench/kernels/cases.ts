@@ -340,28 +340,52 @@ function depthwise(side: number, channels: number): KernelCase {
   }
 }
 
-function conv(name: string, side: number, [c, o]: readonly [number, number], kernel: number): KernelCase {
-  const outSide = Math.floor(side / kernel)
-  const [rows, k] = [outSide * outSide, kernel * kernel * c]
+interface ConvShape {
+  batch?: number
+  side: number
+  c: number
+  o: number
+  kernel: number
+  stride?: number
+  /** Before and after. */
+  pad?: readonly [number, number]
+  /** Nearest neighbour, in both directions, first. */
+  times?: number
+}
+
+function conv(
+  name: string,
+  { batch = 1, side, c, o, kernel, stride = 1, pad = [0, 0], times = 1 }: ConvShape,
+): KernelCase {
+  const outSide = Math.floor((side * times + pad[0] + pad[1] - kernel) / stride) + 1
+  const [rows, k] = [batch * outSide * outSide, kernel * kernel * c]
+  const by = stride === 1 ? '' : ` by ${stride}`
   return {
     op: 'conv2d',
-    name: `${name} ${side}×${side}×${c} → ${o}, ${kernel}×${kernel} by ${kernel}`,
+    name: `${name} ${batch > 1 ? `${batch}×` : ''}${side}×${side}×${c}${times > 1 ? ` ×${times}` : ''} → ${o}, ${kernel}×${kernel}${by}`,
     work: {
       bytes: bytes([
-        [side, side, c],
+        [batch, side, side, c],
         [o, k],
         [rows, o],
       ]),
       tensorFlops: 2 * rows * o * k,
     },
     sampled: true,
-    torch: { kind: 'conv2d', side, c, o, kernel },
+    torch: { kind: 'conv2d', batch, side, c, o, kernel, stride, before: pad[0], after: pad[1], times },
     prepare(make) {
-      const x = make.a([1, side, side, c])
+      const x = make.a([batch, side, side, c])
       const w = make.weight(o, k)
-      return () => ops.conv2d(x, w, { kernel: [kernel, kernel], stride: kernel })
+      const bias = make.f32([batch, o])
+      const resize = times > 1 ? ([side * times, side * times] as const) : undefined
+      return () => ops.conv2d(x, w, { bias, kernel: [kernel, kernel], stride, pad, resize })
     },
   }
+}
+
+/** 3×3, and as many pixels as there were. */
+function convSame(name: string, shape: Omit<ConvShape, 'kernel' | 'pad'>): KernelCase {
+  return conv(name, { ...shape, kernel: 3, pad: [1, 1] })
 }
 
 function mixtral(tokens: number): KernelCase {
@@ -493,9 +517,20 @@ export const CASES: readonly KernelCase[] = [
   depthwise(96, 384),
   depthwise(48, 768),
   depthwise(24, 1536),
-  conv('CLIP patches', 336, [3, 1024], 14),
-  conv('ConvNeXt stem', 768, [3, 192], 4),
-  conv('ConvNeXt downsampling', 192, [192, 384], 2),
+  conv('CLIP patches', { side: 336, c: 3, o: 1024, kernel: 14, stride: 14 }),
+  conv('ConvNeXt stem', { side: 768, c: 3, o: 192, kernel: 4, stride: 4 }),
+  conv('ConvNeXt downsampling', { side: 192, c: 192, o: 384, kernel: 2, stride: 2 }),
+  convSame('SDXL first layer', { batch: 2, side: 128, c: 4, o: 320 }),
+  convSame('SDXL', { batch: 2, side: 128, c: 320, o: 320 }),
+  convSame('SDXL downsampling', { batch: 2, side: 128, c: 320, o: 320, stride: 2 }),
+  convSame('SDXL', { batch: 2, side: 64, c: 640, o: 640 }),
+  convSame('SDXL', { batch: 2, side: 32, c: 1280, o: 1280 }),
+  convSame('SDXL upsampling', { batch: 2, side: 32, c: 1280, o: 1280, times: 2 }),
+  convSame('SDXL last layer', { batch: 2, side: 128, c: 320, o: 4 }),
+  convSame('VAE', { side: 128, c: 512, o: 512 }),
+  convSame('VAE upsampling', { side: 256, c: 512, o: 512, times: 2 }),
+  convSame('VAE', { side: 1024, c: 128, o: 128 }),
+  convSame('VAE last layer', { side: 1024, c: 128, o: 3 }),
   mixtral(1),
   mixtral(64),
   ...norms(),

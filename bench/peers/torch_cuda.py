@@ -45,10 +45,17 @@ def rms_norm(tokens, channels):
     return 4 * tokens * channels, lambda: F.rms_norm(x, (channels,), w)
 
 
-def conv2d(side, c, o, kernel):
-    x = normal(1, c, side, side).to(memory_format=torch.channels_last)
+def conv2d(batch, side, c, o, kernel, stride, before, after, times):
+    x = normal(batch, c, side, side).to(memory_format=torch.channels_last)
     w = (normal(o, c, kernel, kernel) * 0.03).to(memory_format=torch.channels_last)
-    return 2 * side * side * c, lambda: F.conv2d(x, w, stride=kernel)
+    bias = normal(o)
+
+    def run():
+        y = F.interpolate(x, scale_factor=float(times), mode="nearest") if times > 1 else x
+        y = F.pad(y, (before, after, before, after)) if before != after else y
+        return F.conv2d(y, w, bias, stride=stride, padding=before if before == after else 0)
+
+    return 2 * batch * side * side * c, run
 
 
 def depthwise(side, channels):

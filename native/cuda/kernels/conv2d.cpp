@@ -43,7 +43,7 @@ void conv2d(Queue& queue, const Conv2dArgs& args) {
   };
   const bool pieces = together(8);
   const TileName tile = pieces ? tile_for(m, n, queue.info().multiprocessors, false) : kSmall;
-  const int kernel = pieces ? static_cast<int>(tile) : together(2) ? kPairs : kElements;
+  const int kernel = pieces ? static_cast<int>(tile) : together(2) && !resized ? kPairs : kElements;
 
   Conv2dParams p{};
   p.x = x.data;
@@ -68,7 +68,6 @@ void conv2d(Queue& queue, const Conv2dArgs& args) {
   p.run = static_cast<int32_t>(run % kBlockK == 0 ? run / kBlockK : 1);
   p.stride = args.stride;
   p.pad = args.pad_before;
-  p.resized = resized;
   // As in linear: the larger operand is read once, and the smaller stays in L2.
   p.rows_first = x.numel() <= n * args.w.shape[1];
   p.epilogue = epilogue_of(args.w, args.bias, args.scale, args.residual, args.activation, out);

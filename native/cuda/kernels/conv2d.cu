@@ -6,9 +6,9 @@
 // Patches whose runs are whole 16-byte pieces (the downsamplings, all of a UNet and a VAE but the first
 // layer) come by cp.async as the rows of linear do; with C a multiple of 32 a pixel serves C / 32 slices, and
 // copying them costs what it costs linear. Runs of whole 4-byte pairs (stems: 4 x 3 = 12 and 14 x 3 = 42
-// elements; latents: 4) come by cp.async of 4 bytes, everything else by plain loads; both only in small
-// tiles, since a stem has 48 or 588 columns and its time is that of its bytes: four times the copies are
-// cheaper than writing and reading patches.
+// elements; latents: 4) come by cp.async of 4 bytes if nothing is resized, everything else by plain loads;
+// both only in small tiles, since such a layer has 36 to 588 columns and its time is that of its bytes: four
+// times the copies are cheaper than writing and reading patches.
 //
 // At least 2 B OH OW O K FLOP and, in bytes, 2 (B H W C + O K + B OH OW O). A tile of m x n reads M K O (2 /
 // n + 2 / m).
@@ -106,7 +106,8 @@ class Pieces {
   uint32_t to_;
 };
 
-// The same for two neighbours at a time, which lie together (kTogether) or not.
+// The same for two neighbours at a time, which lie together in an image that is not resized (kTogether), or
+// not.
 template <TileName kTile, bool kTogether>
 class Elements {
  public:
@@ -118,10 +119,21 @@ class Elements {
     to_ = swizzled<4>(row, pair / 4) + pair % 4 * 4;
   }
   __device__ __forceinline__ void copy(uint32_t slice) {
-    if (p_.resized)
-      copy<true>(slice + to_);
-    else
-      copy<false>(slice + to_);
+    Tap second = tap_;
+    if constexpr (!kTogether) second.advance(1, p_);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const uint32_t to = slice + to_ + i * kStep * kBlockK * 2;
+      bool inside;
+      const uint16_t* from = find(inside, i, tap_);
+      if constexpr (kTogether) {
+        copy_async_small<4>(to, from, inside ? 4 : 0);
+      } else {
+        const uint32_t low = inside ? *from : 0;
+        from = find(inside, i, second);
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(low | (inside ? *from : 0) << 16) : "memory");
+      }
+    }
     tap_.advance(kBlockK, p_);
   }
 
@@ -130,27 +142,9 @@ class Elements {
   static constexpr int kStep = threads_of(kTile) / kPairs, kCopies = kTiles[kTile].m / kStep;
   static_assert(kStep % 8 == 0 && kTiles[kTile].m % kStep == 0, "copies divide evenly, and swizzle alike");
 
-  template <bool kResized>
-  __device__ __forceinline__ void copy(uint32_t to) const {
-    Tap second = tap_;
-    if constexpr (!kTogether) second.advance(1, p_);
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i, to += kStep * kBlockK * 2) {
-      bool inside;
-      const uint16_t* from = find<kResized>(inside, i, tap_);
-      if constexpr (kTogether) {
-        copy_async_small<4>(to, from, inside ? 4 : 0);
-      } else {
-        const uint32_t low = inside ? *from : 0;
-        from = find<kResized>(inside, i, second);
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(low | (inside ? *from : 0) << 16) : "memory");
-      }
-    }
-  }
-  template <bool kResized>
   __device__ __forceinline__ const uint16_t* find(bool& inside, int i, const Tap& tap) const {
     uint32_t pixel;
-    inside = patches_.template locate<kResized>(pixel, i, tap, p_);
+    inside = patches_.template locate<!kTogether>(pixel, i, tap, p_);
     return static_cast<const uint16_t*>(p_.x) + tap.channel +
            static_cast<uint64_t>(pixel) * (p_.pixel_bytes / 2);
   }

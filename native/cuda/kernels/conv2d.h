@@ -36,7 +36,6 @@ struct Conv2dParams {
   int32_t channels, kernel_h, kernel_w;
   int32_t run;  // slices in which no thread comes to another pixel
   int32_t stride, pad;
-  bool resized;
   bool rows_first;  // row tiles are neighbours in the grid
   Epilogue epilogue;
 };

@@ -443,9 +443,8 @@ __device__ __forceinline__ void finish_vectors(const Epilogue& e, const float* t
       const float* bias = e.bias + from * e.bias_stride + first_output;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!valid[half]) continue;
-        load_four(terms.bias + half * 4, bias + output[half]);
-        if (e.gated) load_four(terms.up_bias + half * 4, bias + e.outputs + output[half]);
+        if (valid[half]) load_four(terms.bias + half * 4, bias + output[half]);
+        if (valid[half] && e.gated) load_four(terms.up_bias + half * 4, bias + e.outputs + output[half]);
       }
     }
     float value[8], up[8] = {}, added[8] = {};

@@ -76,16 +76,6 @@ const cases: Record<'pieces' | 'pairs' | 'elements', Record<string, Case>> = {
     },
     'padded pairs': { ...base, channels: 6, kernel: [3, 3], pad: 1 },
     latents: { ...base, batch: 2, channels: 4, outputs: 20, kernel: [3, 3], pad: 1 },
-    'nearest 4 → 7 and 3 → 5': {
-      ...base,
-      batch: 2,
-      height: 4,
-      width: 3,
-      channels: 4,
-      kernel: [3, 3],
-      pad: [0, 1],
-      resize: [7, 5],
-    },
   },
   elements: {
     'CLIP patches of an odd picture': {
@@ -100,6 +90,16 @@ const cases: Record<'pieces' | 'pairs' | 'elements', Record<string, Case>> = {
     'a kernel wider than the image': { ...base, height: 2, width: 1, kernel: [4, 5], pad: 2 },
     'one channel': { ...base, channels: 1, kernel: [3, 3], pad: 1 },
     '1x1': { ...base, channels: 33, kernel: [1, 1] },
+    'nearest 4 → 7 and 3 → 5': {
+      ...base,
+      batch: 2,
+      height: 4,
+      width: 3,
+      channels: 4,
+      kernel: [3, 3],
+      pad: [0, 1],
+      resize: [7, 5],
+    },
     'nearest 3 → 5 and 5 → 13': {
       ...base,
       batch: 2,
