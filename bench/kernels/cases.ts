@@ -298,6 +298,26 @@ function norms(): KernelCase[] {
   ]
 }
 
+/** Of `more` further channels, as a UNet's decoder sees them. */
+function groupNorm(
+  name: string,
+  [batch, side, channels, more]: readonly [number, number, number, number],
+): KernelCase {
+  const [x, rest] = [channels, more].map(c => [batch, side, side, c]) as [number[], number[]]
+  return {
+    op: 'groupNorm',
+    name: `${name} ${batch}×${side}×${side}×${more ? `(${channels}+${more})` : channels}, SiLU`,
+    work: { bytes: 2 * bytes([x, rest]) + 8 * (channels + more), tensorFlops: 0 },
+    sampled: true,
+    torch: { kind: 'groupNorm', batch, side, channels: channels + more },
+    prepare(make) {
+      const [a, b] = [make.a(x), more ? make.a(rest) : undefined]
+      const [weight, bias] = [make.f32([channels + more]), make.f32([channels + more])]
+      return () => ops.groupNorm(a, weight, bias, { groups: 32, eps: 1e-5, more: b, activation: 'silu' })
+    },
+  }
+}
+
 function mining(): KernelCase {
   const grid = 24
   const stages = [
@@ -534,6 +554,12 @@ export const CASES: readonly KernelCase[] = [
   mixtral(1),
   mixtral(64),
   ...norms(),
+  groupNorm('SDXL', [2, 128, 320, 0]),
+  groupNorm('SDXL', [2, 128, 640, 320]),
+  groupNorm('SDXL', [2, 64, 640, 0]),
+  groupNorm('SDXL', [2, 32, 1280, 1280]),
+  groupNorm('SDXL', [2, 16, 1280, 0]),
+  groupNorm('VAE', [1, 1024, 128, 0]),
   rope('Gemma-2B', 1024, 8, 1, 256),
   rope('Vicuna-7B', 1024, 32, 32, 128),
   ...streams(),

@@ -45,6 +45,12 @@ def rms_norm(tokens, channels):
     return 4 * tokens * channels, lambda: F.rms_norm(x, (channels,), w)
 
 
+def group_norm(batch, side, channels):
+    x = normal(batch, channels, side, side).to(memory_format=torch.channels_last)
+    w, b = normal(channels), normal(channels)
+    return 4 * batch * side * side * channels, lambda: F.silu(F.group_norm(x, 32, w, b))
+
+
 def conv2d(batch, side, c, o, kernel, stride, before, after, times):
     x = normal(batch, c, side, side).to(memory_format=torch.channels_last)
     w = (normal(o, c, kernel, kernel) * 0.03).to(memory_format=torch.channels_last)
@@ -75,6 +81,7 @@ KINDS = {
     "attention": attention,
     "layerNorm": layer_norm,
     "rmsNorm": rms_norm,
+    "groupNorm": group_norm,
     "conv2d": conv2d,
     "depthwise": depthwise,
 }
