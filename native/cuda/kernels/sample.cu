@@ -20,6 +20,7 @@
 // order give the same sum; other sums have an order that V alone decides. The least is V * 4 bytes; sampling
 // reads them twice, with top-k or top-p three times, from the second-level cache.
 #include "common.cuh"
+#include "philox.cuh"
 #include "sample.h"
 
 namespace mgm::cuda {
@@ -315,21 +316,11 @@ __device__ void apply_cut(Shared& s, const float* x, int n, float* w) {
 
 // -- the draw --------------------------------------------------------------------------------------------
 
-// Words 0 and 1 of Philox4x32-10 (Salmon et al. 2011) as a double in [0, 1).
+// Words 0 and 1 of Philox4x32-10 as a double in [0, 1).
 __device__ double uniform(const int32_t* state) {
-  uint32_t c0 = static_cast<uint32_t>(state[3]), c1 = 0, c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(state[1]), k1 = static_cast<uint32_t>(state[2]);
-  for (int round = 0; round < 10; ++round) {
-    const uint32_t a_high = __umulhi(c0, 0xD2511F53u), a_low = c0 * 0xD2511F53u;
-    const uint32_t b_high = __umulhi(c2, 0xCD9E8D57u), b_low = c2 * 0xCD9E8D57u;
-    c0 = b_high ^ c1 ^ k0;
-    c1 = b_low;
-    c2 = a_high ^ c3 ^ k1;
-    c3 = a_low;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return static_cast<double>(static_cast<uint64_t>(c0) << 21 | c1 >> 11) * 0x1p-53;
+  const uint4 words = philox({static_cast<uint32_t>(state[3]), 0, 0, 0},
+                             {static_cast<uint32_t>(state[1]), static_cast<uint32_t>(state[2])});
+  return static_cast<double>(static_cast<uint64_t>(words.x) << 21 | words.y >> 11) * 0x1p-53;
 }
 
 // Sum of w; s.run[t] is that of the run of neighbours which thread t owns.
