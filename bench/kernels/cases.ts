@@ -167,39 +167,48 @@ function linears(): KernelCase[] {
     linear('Gemma-2B down, prefill', [1024, 2048, 16384], { residual: true }),
     linear('Vicuna-7B gate·up, prefill', [1024, 11008, 4096], { gated: true, activation: 'silu' }),
     linear('Vicuna-7B down, prefill', [1024, 4096, 11008], { residual: true }),
+    linear('SDXL qkv, 64×64,', [4096, 1920, 640]),
+    linear('SDXL GEGLU, 64×64,', [4096, 2560, 640], { gated: true, activation: 'gelu', bias: true }),
+    linear('SDXL GEGLU, 32×32,', [1024, 5120, 1280], { gated: true, activation: 'gelu', bias: true }),
+    linear('SDXL feed-forward out, 32×32,', [1024, 1280, 5120], { bias: true, residual: true }),
+    linear('SDXL keys·values of a prompt,', [77, 2560, 2048]),
     ...decode,
     linear('Vicuna-7B head, decode 8,', [8, 32000, 4096], { out: 'f32' }),
   ]
 }
 
+/** One sequence; `keys` of another than the queries' (cross-attention) are as many as said. */
 function attention(
   name: string,
   [tokens, heads, kvHeads, d]: readonly [number, number, number, number],
-  causal: boolean,
-  peers: readonly string[],
+  { causal = false, keys, peers }: { causal?: boolean; keys?: number; peers?: readonly string[] } = {},
 ): KernelCase {
-  const pairs = causal ? (tokens * (tokens + 1)) / 2 : tokens * tokens
+  const pairs = causal ? (tokens * (tokens + 1)) / 2 : tokens * (keys ?? tokens)
+  const [queries, context] = [`${tokens} tokens`, keys === undefined ? '' : ` to ${keys} keys`]
   return {
     op: 'attention',
-    name: `${name} ${tokens} tokens, ${heads}/${kvHeads} heads of ${d}${causal ? ', causal' : ''}`,
+    name: `${name} ${queries}${context}, ${heads}/${kvHeads} heads of ${d}${causal ? ', causal' : ''}`,
     work: {
       bytes: bytes([
         [2 * tokens, heads, d],
-        [2 * tokens, kvHeads, d],
+        [2 * (keys ?? tokens), kvHeads, d],
       ]),
       tensorFlops: 4 * pairs * heads * d,
     },
-    sampled: false,
-    peers,
-    torch: { kind: 'attention', tokens, heads, kvHeads, d, causal },
+    // Blocks of whole tiles all do the same.
+    sampled: !causal && tokens % 128 === 0,
+    ...(peers ? { peers } : {}),
+    torch: { kind: 'attention', tokens, keys: keys ?? tokens, heads, kvHeads, d, causal },
     prepare(make) {
-      // Parts of one packed projection, as the models have them.
-      const qkv = make.a([tokens, (heads + 2 * kvHeads) * d])
-      const part = (first: number, count: number) =>
-        qkv.narrow(1, first * d, count * d).reshape(tokens, count, d)
-      const [q, k, v] = [part(0, heads), part(heads, kvHeads), part(heads + kvHeads, kvHeads)]
+      // Parts of packed projections, as the models have them.
+      const part = (packed: Tensor, first: number, count: number) =>
+        packed.narrow(1, first * d, count * d).reshape(packed.shape[0]!, count, d)
+      const own = make.a([tokens, (heads + (keys === undefined ? 2 * kvHeads : 0)) * d])
+      const [kv, before] = keys === undefined ? [own, heads] : [make.a([keys, 2 * kvHeads * d]), 0]
+      const [q, k, v] = [part(own, 0, heads), part(kv, before, kvHeads), part(kv, before + kvHeads, kvHeads)]
       const cuQ = make.i32([0, tokens])
-      return () => ops.attention(q, k, v, { cuQ, causal })
+      const cuK = keys === undefined ? cuQ : make.i32([0, keys])
+      return () => ops.attention(q, k, v, { cuQ, cuK, causal })
     },
   }
 }
@@ -292,6 +301,7 @@ function norms(): KernelCase[] {
   return [
     norm('layerNorm', 'CLIP', 577, 1024, false, ['layer_norm_1024']),
     norm('layerNorm', 'CLIP, with sum,', 577, 1024, true),
+    norm('layerNorm', 'SDXL, 64×64,', 4096, 640, false),
     norm('rmsNorm', 'Gemma-2B, with sum,', 1024, 2048, true),
     norm('rmsNorm', 'Vicuna-7B, with sum,', 1024, 4096, true),
     norm('rmsNorm', 'Vicuna-7B, decode 8,', 8, 4096, true),
@@ -525,9 +535,14 @@ function streams(): KernelCase[] {
 
 export const CASES: readonly KernelCase[] = [
   ...linears(),
-  attention('CLIP', [577, 16, 16, 64], false, ['flash_attention_64']),
-  attention('Vicuna-7B prefill', [1024, 32, 32, 128], true, ['flash_attention_128']),
-  attention('Gemma-2B prefill', [1024, 8, 1, 256], true, ['flash_attention_256']),
+  attention('CLIP', [577, 16, 16, 64], { peers: ['flash_attention_64'] }),
+  attention('Vicuna-7B prefill', [1024, 32, 32, 128], { causal: true, peers: ['flash_attention_128'] }),
+  attention('Gemma-2B prefill', [1024, 8, 1, 256], { causal: true, peers: ['flash_attention_256'] }),
+  attention('SDXL, 64×64,', [4096, 10, 10, 64], { peers: ['flash_attention_64'] }),
+  attention('SDXL, 32×32,', [1024, 20, 20, 64]),
+  attention('SDXL, 64×64, prompt,', [4096, 10, 10, 64], { keys: 77 }),
+  attention('SDXL, 32×32, prompt,', [1024, 20, 20, 64], { keys: 77 }),
+  attention('SDXL VAE, 128×128,', [16384, 1, 1, 512]),
   paged('Gemma-2B decode', [1, 1, 1024], [8, 1, 256]),
   paged('Gemma-2B decode', [8, 1, 1024], [8, 1, 256]),
   paged('Vicuna-7B decode', [8, 1, 1024], [32, 32, 128]),

@@ -28,11 +28,11 @@ def linear(m, n, k):
     return 2 * (m * k + n * k + m * n), lambda: F.linear(x, w)
 
 
-def attention(tokens, heads, kvHeads, d, causal):
-    q, k, v = (normal(1, h, tokens, d) for h in (heads, kvHeads, kvHeads))
+def attention(tokens, keys, heads, kvHeads, d, causal):
+    q, k, v = (normal(1, h, n, d) for h, n in ((heads, tokens), (kvHeads, keys), (kvHeads, keys)))
     grouped = heads != kvHeads
     run = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-    return 4 * tokens * d * (heads + kvHeads), run
+    return 4 * d * (tokens * heads + keys * kvHeads), run
 
 
 def layer_norm(tokens, channels):
