@@ -1,35 +1,10 @@
 import { describe, expect, it } from 'vitest'
 import { Device } from '../../lib/device.ts'
 import { depthwiseConvNorm } from '../../lib/ops.ts'
+import { type Case, type Inputs, inputs } from './depthwise.ts'
 import { expectClose, f32, openDevice, Random } from './helpers.ts'
 
 const device = openDevice()
-
-interface Case {
-  shape: [number, number, number, number]
-  kernel: [number, number]
-}
-
-interface Inputs extends Case {
-  x: Float32Array
-  w: Float32Array
-  bias: Float32Array
-  normWeight: Float32Array
-  normBias: Float32Array
-}
-
-function inputs({ shape, kernel }: Case, random: Random): Inputs {
-  const [b, h, width, c] = shape
-  return {
-    shape,
-    kernel,
-    x: random.normals(b * h * width * c),
-    w: random.normals(kernel[0] * kernel[1] * c),
-    bias: random.normals(c),
-    normWeight: random.normals(c),
-    normBias: random.normals(c),
-  }
-}
 
 /** Tap by tap with bounds checks, then mean and variance, all in f64. */
 function oracle(a: Inputs, eps: number): Float64Array {

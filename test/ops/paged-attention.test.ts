@@ -2,72 +2,33 @@ import { describe, expect, it } from 'vitest'
 import { Device } from '../../lib/device.ts'
 import { cast, pagedAttention } from '../../lib/ops.ts'
 import { expectClose, f32, fromHalf, openDevice, Random } from './helpers.ts'
+import { inputs, offsets, type Setup as Sequences } from './paging.ts'
 
 const device = openDevice()
 
 type PageType = 'f32' | 'bf16' | 'f16'
 
-interface Setup {
-  heads: number
-  kvHeads: number
-  headDim: number
-  pageSize: number
+interface Setup extends Sequences {
   dtype: PageType
-  lengths: number[]
 }
 
-/** Whole sequences: every token's query, keys and values in shuffled pages whose unused slots hold NaN. */
 async function world(random: Random, setup: Setup, on: Device = device) {
-  const { heads, kvHeads, headDim, pageSize, dtype, lengths } = setup
-  const blocks = lengths.map(length => Math.ceil(length / pageSize))
-  const pages = blocks.reduce((a, b) => a + b) + 2
-  const order = Array.from({ length: pages }, (_, i) => i)
-  for (let i = pages - 1; i > 0; i--) {
-    const j = random.integer(0, i)
-    ;[order[i], order[j]] = [order[j]!, order[i]!]
-  }
-  const maxBlocks = Math.max(...blocks)
-  const table = new Int32Array(lengths.length * maxBlocks).fill(-1)
-  const pool = () => new Float32Array(pages * kvHeads * pageSize * headDim).fill(Number.NaN)
-  const [k, v] = [pool(), pool()]
-  const slot = (b: number, j: number, h: number) =>
-    ((table[b * maxBlocks + Math.floor(j / pageSize)]! * kvHeads + h) * pageSize + (j % pageSize)) * headDim
-  let next = 0
-  lengths.forEach((length, b) => {
-    for (let i = 0; i < blocks[b]!; i++) table[b * maxBlocks + i] = order[next++]!
-    for (let j = 0; j < length; j++)
-      for (let h = 0; h < kvHeads; h++) {
-        k.set(random.normals(headDim), slot(b, j, h))
-        v.set(random.normals(headDim), slot(b, j, h))
-      }
-  })
-  const shape = [pages, kvHeads, pageSize, headDim]
+  const { heads, kvHeads, headDim, dtype } = setup
+  const { k, v, pageShape: shape, blockTable, tableShape, queries, slot, newest } = inputs(setup, random)
   const [kPages, vPages] = [k, v].map(data => cast(on.tensor(data, shape), dtype))
   // What the pages really hold, after rounding to their type.
   const held = async (tensor: typeof kPages) =>
     dtype === 'f32' ? await f32(tensor!) : fromHalf((await tensor!.read()) as Uint16Array, dtype)
   const [kHeld, vHeld] = [await held(kPages), await held(vPages)]
-  const queries = lengths.map(length => Array.from({ length }, () => random.normals(heads * headDim)))
 
   /** The op on the newest `counts[b]` of the first `contexts[b]` tokens. */
-  const run = (counts: number[], contexts: number[]) => {
-    const rows = counts.flatMap((n, b) => queries[b]!.slice(contexts[b]! - n, contexts[b]!))
-    const all = new Float32Array(rows.length * (heads + 1) * headDim).fill(Number.NaN)
-    rows.forEach((row, t) => {
-      all.set(row, t * (heads + 1) * headDim)
+  const run = (counts: readonly number[], contexts: readonly number[]) => {
+    const { data, shape } = newest(counts, contexts)
+    return pagedAttention(on.tensor(data, shape).narrow(1, 0, heads), kPages!, vPages!, {
+      blockTable: on.tensor(blockTable, tableShape),
+      cuQ: on.tensor(offsets(counts), [counts.length + 1], 'i32'),
+      contextLens: on.tensor([...contexts], [contexts.length], 'i32'),
     })
-    const cu = [0]
-    for (const n of counts) cu.push(cu.at(-1)! + n)
-    return pagedAttention(
-      on.tensor(all, [rows.length, heads + 1, headDim]).narrow(1, 0, heads),
-      kPages!,
-      vPages!,
-      {
-        blockTable: on.tensor(table, [lengths.length, maxBlocks]),
-        cuQ: on.tensor(cu, [cu.length], 'i32'),
-        contextLens: on.tensor(contexts, [contexts.length], 'i32'),
-      },
-    )
   }
 
   /** One query in f64. */
@@ -119,7 +80,7 @@ describe('pagedAttention', () => {
     it(`prefill in any chunks, decode and any batch give the same bits: ${name}`, async () => {
       const { run, oracle, width } = await world(random, setup)
       const whole = await f32(run(setup.lengths, setup.lengths))
-      const starts = setup.lengths.map((_, b) => setup.lengths.slice(0, b).reduce((x, y) => x + y, 0))
+      const starts = offsets(setup.lengths)
       for (const [b, length] of setup.lengths.entries())
         for (const position of [0, Math.floor(length / 2), length - 1]) {
           const at = (starts[b]! + position) * width
@@ -132,14 +93,13 @@ describe('pagedAttention', () => {
         )
         if (counts.every(n => n === 0)) continue
         const part = await f32(run(counts, contexts))
-        let from = 0
+        const from = offsets(counts)
         counts.forEach((n, b) => {
           const at = (starts[b]! + contexts[b]! - n) * width
           expect(
-            part.slice(from, from + n * width),
+            part.slice(from[b]! * width, (from[b]! + n) * width),
             `seed ${random.seed} sequence ${b}: ${n} of ${contexts[b]}`,
           ).toEqual(whole.slice(at, at + n * width))
-          from += n * width
         })
       }
     })

@@ -1,33 +1,8 @@
 import { expect, it } from 'vitest'
 import { depthwiseConvNorm } from '../../../lib/ops.ts'
+import { type Case, type Inputs as Data, inputs as draw } from '../../ops/depthwise.ts'
 import { Random } from '../../ops/helpers.ts'
 import { cudaTests, floats, HALVES, type Inputs } from '../helpers.ts'
-
-interface Case {
-  shape: [number, number, number, number]
-  kernel: [number, number]
-}
-
-interface Data extends Case {
-  x: Float32Array
-  w: Float32Array
-  bias: Float32Array
-  normWeight: Float32Array
-  normBias: Float32Array
-}
-
-function draw({ shape, kernel }: Case, random: Random): Data {
-  const [b, h, width, c] = shape
-  return {
-    shape,
-    kernel,
-    x: random.normals(b * h * width * c),
-    w: random.normals(kernel[0] * kernel[1] * c),
-    bias: random.normals(c),
-    normWeight: random.normals(c),
-    normBias: random.normals(c),
-  }
-}
 
 function run(t: Inputs, data: Data, x = t.a(data.x, data.shape)) {
   const c = data.shape[3]

@@ -1,73 +1,27 @@
 import { afterEach, expect, it } from 'vitest'
 import { pagedAttention } from '../../../lib/ops.ts'
 import { Random } from '../../ops/helpers.ts'
+import { inputs, offsets, type Setup } from '../../ops/paging.ts'
 import { cudaTests, floats, HALVES, type Inputs } from '../helpers.ts'
-
-interface Setup {
-  heads: number
-  kvHeads: number
-  headDim: number
-  pageSize: number
-  lengths: readonly number[]
-}
 
 /** Ways to compute the same: MGM_CUDA_PAGED. */
 const SHAPES = ['wide', 'narrow', 'split'] as const
 
-const offsets = (counts: readonly number[]) => {
-  const cu = [0]
-  for (const n of counts) cu.push(cu.at(-1)! + n)
-  return cu
-}
-
-/** Whole sequences: every token's query, keys and values in shuffled pages whose unused slots hold NaN. */
-function world(random: Random, { heads, kvHeads, headDim, pageSize, lengths }: Setup, huge = 1) {
-  const blocks = lengths.map(length => Math.ceil(length / pageSize))
-  const pages = blocks.reduce((a, b) => a + b) + 2
-  const order = Array.from({ length: pages }, (_, i) => i)
-  for (let i = pages - 1; i > 0; i--) {
-    const j = random.integer(0, i)
-    ;[order[i], order[j]] = [order[j]!, order[i]!]
-  }
-  const maxBlocks = Math.max(...blocks)
-  const table = new Int32Array(lengths.length * maxBlocks).fill(-1)
-  const pool = () => new Float32Array(pages * kvHeads * pageSize * headDim).fill(Number.NaN)
-  const [k, v] = [pool(), pool()]
-  let next = 0
-  lengths.forEach((length, b) => {
-    for (let i = 0; i < blocks[b]!; i++) table[b * maxBlocks + i] = order[next++]!
-    for (let j = 0; j < length; j++)
-      for (let h = 0; h < kvHeads; h++) {
-        const page = table[b * maxBlocks + Math.floor(j / pageSize)]!
-        const at = ((page * kvHeads + h) * pageSize + (j % pageSize)) * headDim
-        k.set(random.normals(headDim), at)
-        v.set(random.normals(headDim), at)
-      }
-  })
+function world(random: Random, setup: Setup, huge = 1) {
+  const { heads, headDim } = setup
   // Now and then one of huge scores, which take a path of their own.
-  const queries = lengths.map(length =>
-    Array.from({ length }, (_, i) => random.normals(heads * headDim, i % 61 === 50 ? huge : 1)),
+  const { k, v, pageShape, blockTable, tableShape, newest } = inputs(setup, random, i =>
+    i % 61 === 50 ? huge : 1,
   )
-
   /** The op on the newest `counts[b]` of the first `contexts[b]` tokens of each sequence. */
   const run = (t: Inputs, counts: readonly number[], contexts: readonly number[], scale?: number) => {
-    const rows = counts.flatMap((n, b) => queries[b]!.slice(contexts[b]! - n, contexts[b]!))
-    const all = new Float32Array(rows.length * (heads + 1) * headDim)
-    rows.forEach((row, i) => {
-      all.set(row, i * (heads + 1) * headDim)
+    const { data, shape } = newest(counts, contexts)
+    return pagedAttention(t.a(data, shape).narrow(1, 0, heads), t.a(k, pageShape), t.a(v, pageShape), {
+      blockTable: t.plain(blockTable, tableShape),
+      cuQ: t.plain(Int32Array.from(offsets(counts)), [counts.length + 1]),
+      contextLens: t.plain(Int32Array.from(contexts), [contexts.length]),
+      ...(scale === undefined ? {} : { scale }),
     })
-    const shape = [pages, kvHeads, pageSize, headDim]
-    return pagedAttention(
-      t.a(all, [rows.length, heads + 1, headDim]).narrow(1, 0, heads),
-      t.a(k, shape),
-      t.a(v, shape),
-      {
-        blockTable: t.plain(table, [lengths.length, maxBlocks]),
-        cuQ: t.plain(Int32Array.from(offsets(counts)), [counts.length + 1]),
-        contextLens: t.plain(Int32Array.from(contexts), [contexts.length]),
-        ...(scale === undefined ? {} : { scale }),
-      },
-    )
   }
   const greatest = v.reduce((most, x) => (Math.abs(x) > most ? Math.abs(x) : most), 0)
   return { run, greatest, width: heads * headDim }
