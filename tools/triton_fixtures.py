@@ -321,7 +321,8 @@ class Case:
             options={"num_warps": self.warps, "num_stages": self.stages, "ptx_version": PTX_VERSION},
         )
 
-    def write(self):
+    def write(self, root=ROOT):
+        """Writes the PTX and gives the kernel's entry in index.json."""
         compiled = self.compile()
         ptx, meta = without_folders(compiled.asm["ptx"]), compiled.metadata
         entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)", ptx, re.DOTALL)
@@ -329,7 +330,7 @@ class Case:
         declared = len(re.findall(r"\.param", entry[2]))
         # Trailing pointers to scratch memory: none of these kernels has any, so they are null.
         assert not meta.global_scratch_size and not meta.profile_scratch_size and meta.num_ctas == 1
-        (ROOT / f"{self.name}.ptx").write_text(ptx)
+        (root / f"{self.name}.ptx").write_text(ptx)
         params = []
         for name in self.kernel.arg_names:
             if name in self.constexprs:
@@ -337,16 +338,8 @@ class Case:
             kind, value, *rest = self.args[name]
             if kind in ("i32", "f32"):
                 params.append({"name": name, "kind": kind, "value": value})
-                continue
-            p = {"name": name, "kind": kind, "dtype": TYPE_NAMES[value.dtype], "shape": list(value.shape)}
-            p["file"] = f"{self.name}.{name}.bin"
-            write_tensor(p["file"], value)
-            if kind == "out":
-                p["atol"], p["rtol"] = rest[0], rest[1]
-                if len(rest) > 2:
-                    p["initial"] = f"{self.name}.{name}.initial.bin"
-                    write_tensor(p["initial"], rest[2])
-            params.append(p)
+            else:
+                params.append({"name": name, **self.tensor(name, kind, value, *rest)})
         params += [{"name": f"scratch{i}", "kind": "null"} for i in range(declared - len(params))]
         return {
             "name": self.name,
@@ -357,6 +350,18 @@ class Case:
             "shared": meta.shared,
             "params": params,
         }
+
+    def tensor(self, name, kind, value, *rest):
+        """What index.json says of a tensor, whose elements go to a file."""
+        file = f"{self.name}.{name}.bin"
+        write_tensor(file, value)
+        p = {"kind": kind, "dtype": TYPE_NAMES[value.dtype], "shape": list(value.shape), "file": file}
+        if kind == "out":
+            p["atol"], p["rtol"] = rest[0], rest[1]
+            if len(rest) > 2:
+                p["initial"] = f"{self.name}.{name}.initial.bin"
+                write_tensor(p["initial"], rest[2])
+        return p
 
 
 def without_folders(ptx):

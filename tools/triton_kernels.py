@@ -8,14 +8,13 @@ can launch it.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
-from triton_fixtures import TYPE_NAMES, Case, ceil_div, index_text, without_folders
+from triton_fixtures import TYPE_NAMES, Case, ceil_div, index_text
 
 ROOT = Path(__file__).resolve().parent.parent / "bench" / "kernels" / "triton"
 
@@ -137,35 +136,12 @@ class Peer(Case):
         self.op, self.work = op, work
 
     def write(self):
-        compiled = self.compile()
-        ptx, meta = without_folders(compiled.asm["ptx"]), compiled.metadata
-        entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)", ptx, re.DOTALL)
-        declared = len(re.findall(r"\.param", entry[2]))
-        assert not meta.global_scratch_size and not meta.profile_scratch_size and meta.num_ctas == 1
-        (ROOT / f"{self.name}.ptx").write_text(ptx)
-        params = []
-        for name in self.kernel.arg_names:
-            if name in self.constexprs:
-                continue
-            kind, value = self.args[name]
-            if kind == "in":
-                kind, dtype = "buffer", TYPE_NAMES[value.dtype]
-                params.append({"name": name, "kind": kind, "dtype": dtype, "shape": list(value.shape)})
-            else:
-                params.append({"name": name, "kind": kind, "value": value})
-        params += [{"name": f"scratch{i}", "kind": "null"} for i in range(declared - len(params))]
-        return {
-            "name": self.name,
-            "op": self.op,
-            "bytes": self.work[0],
-            "tensorFlops": self.work[1],
-            "ptx": f"{self.name}.ptx",
-            "kernel": meta.name,
-            "grid": list(self.grid),
-            "block": [32 * meta.num_warps, 1, 1],
-            "shared": meta.shared,
-            "params": params,
-        }
+        least, flops = self.work
+        entry = super().write(ROOT)
+        return {"name": self.name, "op": self.op, "bytes": least, "tensorFlops": flops, **entry}
+
+    def tensor(self, name, kind, value):
+        return {"kind": "buffer", "dtype": TYPE_NAMES[value.dtype], "shape": list(value.shape)}
 
 
 def buffer(*shape, dtype=torch.bfloat16):
