@@ -1,8 +1,9 @@
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { availableParallelism, cpus, freemem, release, totalmem } from 'node:os'
 import { join } from 'node:path'
+import { formatBytes } from '../engine/memory.ts'
 import { addonPath, type CudaSurvey, native } from '../native.ts'
-import { errorText, formatBytes, table } from './terminal.ts'
+import { errorText, table } from './terminal.ts'
 
 /** What `mgm doctor` found. Absent things are null. */
 export interface Diagnosis {

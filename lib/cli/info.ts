@@ -1,6 +1,7 @@
 import { type CheckpointSummary, inspectCheckpoint } from '../checkpoint/inspect.ts'
 import { PARTS } from '../checkpoint/weights.ts'
-import { formatBytes, formatCount, table } from './terminal.ts'
+import { formatBytes } from '../engine/memory.ts'
+import { formatCount, table } from './terminal.ts'
 
 const NAMES = { llama: 'Llama (Vicuna, Llama 3, Yi)', gemma: 'Gemma', mixtral: 'Mixtral', mistral: 'Mistral' }
 

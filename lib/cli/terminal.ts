@@ -1,4 +1,5 @@
 import cliProgress from 'cli-progress'
+import { formatBytes } from '../engine/memory.ts'
 import { MgmError } from '../errors.ts'
 
 /** Exit codes of `mgm`. 130 is what shells use for a program ended by Ctrl-C. */
@@ -20,18 +21,6 @@ export function errorText(error: unknown, verbose: boolean): string {
   for (let cause = known.cause; cause !== undefined; cause = cause instanceof Error ? cause.cause : undefined)
     text += `\ncaused by: ${cause instanceof Error ? (cause.stack ?? cause.message) : String(cause)}`
   return text
-}
-
-const UNITS = ['B', 'KiB', 'MiB', 'GiB', 'TiB']
-
-export function formatBytes(bytes: number): string {
-  let value = bytes
-  let unit = 0
-  while (value >= 1024 && unit < UNITS.length - 1) {
-    value /= 1024
-    unit++
-  }
-  return `${unit === 0 ? value : value.toFixed(value < 10 ? 2 : 1)} ${UNITS[unit]}`
 }
 
 /** 1234567 as `1.23 M`. */

@@ -174,6 +174,7 @@ export function planPages(plan: MemoryPlan): number {
   return pages
 }
 
+/** 1610612736 as `1.5 GiB`. */
 export function formatBytes(bytes: number): string {
   if (bytes < 1024) return `${Math.round(bytes)} B`
   const units = ['KiB', 'MiB', 'GiB', 'TiB']

@@ -17,7 +17,7 @@ describe.skipIf(library === null || !library.includes('emulator'))('mgm doctor o
     )
     expect(lines).toContainEqual(
       expect.stringMatching(
-        /^cuda:0 .*emulated sm_80, compute capability 8\.0, 1\.00 GiB, kernels: PTX 7\.0$/,
+        /^cuda:0 .*emulated sm_80, compute capability 8\.0, 1\.0 GiB, kernels: PTX 7\.0$/,
       ),
     )
     expect(lines).toContainEqual(
