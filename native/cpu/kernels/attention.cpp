@@ -7,43 +7,16 @@
 #include "attention_tile.h"
 
 namespace mgm::cpu::MGM_ISA {
-namespace {
-
-// cu [B+1]: not decreasing and within [0, total].
-static void check_lengths(const View& cu, int64_t total, const char* name) {
-  const int32_t* p = cu.i32();
-  const int64_t step = cu.strides[0];
-  int64_t before = 0;
-  for (int64_t b = 0; b < cu.shape[0]; ++b) {
-    const int64_t at = p[b * step];
-    if (at < before || at > total)
-      fail("expected non-decreasing offsets from 0 to %lld for %s but received %lld after %lld at index %lld",
-           static_cast<long long>(total), name, static_cast<long long>(at), static_cast<long long>(before),
-           static_cast<long long>(b));
-    before = at;
-  }
-}
-
-static void zero_queries(const View& out, int64_t begin, int64_t end) {
-  const int64_t width = out.shape[1] * out.shape[2];
-  for (int64_t t = begin; t < end; ++t)
-    std::memset(out.f32() + t * out.strides[0], 0, sizeof(float) * static_cast<size_t>(width));
-}
-
-}  // namespace
-
 void attention(const AttentionArgs& args, ThreadPool& pool) {
   const int64_t heads = args.q.shape[1], d = args.q.shape[2], kv_heads = args.k.shape[1];
   const int64_t sequences = args.cu_q.shape[0] - 1, total = args.q.shape[0], group = heads / kv_heads;
-  check_lengths(args.cu_q, total, "cu_q");
-  check_lengths(args.cu_k, args.k.shape[0], "cu_k");
+  check_offsets(args.cu_q, total, "cu_q");
+  check_offsets(args.cu_k, args.k.shape[0], "cu_k");
   const int32_t *cu_q = args.cu_q.i32(), *cu_k = args.cu_k.i32();
   const int64_t q_step = args.cu_q.strides[0], k_step = args.cu_k.strides[0];
 
-  // Padding queries that belong to no sequence.
-  zero_queries(args.out, 0, sequences > 0 ? cu_q[0] : total);
+  zero_padding(args.out, args.cu_q);
   if (sequences <= 0) return;
-  zero_queries(args.out, cu_q[sequences * q_step], total);
 
   const int64_t limit = rows_per_task(total * heads, d, pool.size());
   Span* spans = static_cast<Span*>(pool.scratch(1, sizeof(Span) * static_cast<size_t>(sequences)));
@@ -71,15 +44,7 @@ void attention(const AttentionArgs& args, ThreadPool& pool) {
       const int64_t first = block * s.rows_per_block;
       const int64_t rows = min64(s.rows_per_block, s.queries * group - first);
 
-      Queries qs;
-      qs.q = args.q.f32() + s.q_begin * args.q.strides[0] + head * group * d;
-      qs.stride = args.q.strides[0];
-      qs.group = group;
-      qs.d = d;
-      qs.keys = s.keys;
-      qs.causal = args.causal;
-      qs.first_seen = s.keys - s.queries + 1;
-      qs.scale = args.scale;
+      const Queries qs = queries_of(args.q, s, group, head, args.scale, args.causal);
       Keys keys;
       keys.k = reinterpret_cast<const char*>(args.k.f32() + s.k_begin * args.k.strides[0] + head * d);
       keys.v = reinterpret_cast<const char*>(args.v.f32() + s.k_begin * args.v.strides[0] + head * d);
@@ -91,8 +56,7 @@ void attention(const AttentionArgs& args, ThreadPool& pool) {
       reset(state, rows, d);
       pack_queries(qs, first, rows, packed);
       attend(keys, qs, first, rows, packed, 0, s.keys, s.keys, state, tile);
-      finish(state, qs, first, rows, args.out.f32() + s.q_begin * args.out.strides[0] + head * group * d,
-             args.out.strides[0]);
+      finish(state, qs, first, rows, results_of(args.out, s, group, head), args.out.strides[0]);
     }
   });
 }

@@ -488,8 +488,9 @@ struct Span {
   int64_t tasks_before, q_begin, queries, k_begin, keys, rows_per_block;
 };
 
-// The sequence that task t belongs to.
-static const Span& find_span(const Span* spans, int64_t n, int64_t task) {
+// The sequence that task t belongs to; of Spans or what extends them.
+template <class S>
+static const S& find_span(const S* spans, int64_t n, int64_t task) {
   int64_t lo = 0, hi = n - 1;
   while (lo < hi) {
     const int64_t mid = (lo + hi + 1) / 2;
@@ -499,6 +500,51 @@ static const Span& find_span(const Span* spans, int64_t n, int64_t task) {
       hi = mid - 1;
   }
   return spans[lo];
+}
+
+// Queries of a KV head's group of heads in q [Tq, H, D].
+static Queries queries_of(const View& q, const Span& s, int64_t group, int64_t kv_head, float scale,
+                          bool causal) {
+  const int64_t d = q.shape[2];
+  Queries qs;
+  qs.q = q.f32() + s.q_begin * q.strides[0] + kv_head * group * d;
+  qs.stride = q.strides[0];
+  qs.group = group;
+  qs.d = d;
+  qs.first_seen = s.keys - s.queries + 1;
+  qs.keys = s.keys;
+  qs.causal = causal;
+  qs.scale = scale;
+  return qs;
+}
+
+// Where their results go in out [Tq, H, D].
+static float* results_of(const View& out, const Span& s, int64_t group, int64_t kv_head) {
+  return out.f32() + s.q_begin * out.strides[0] + kv_head * group * out.shape[2];
+}
+
+// cu [B+1]: not decreasing and within [0, total].
+static void check_offsets(const View& cu, int64_t total, const char* name) {
+  int64_t before = 0;
+  for (int64_t b = 0; b < cu.shape[0]; ++b) {
+    const int64_t at = cu.i32()[b * cu.strides[0]];
+    if (at < before || at > total)
+      fail("expected non-decreasing offsets from 0 to %lld for %s but received %lld after %lld at index %lld",
+           static_cast<long long>(total), name, static_cast<long long>(at), static_cast<long long>(before),
+           static_cast<long long>(b));
+    before = at;
+  }
+}
+
+// Padding queries, which belong to no sequence of cu_q [B+1], become zeros in out [Tq, H, D].
+static void zero_padding(const View& out, const View& cu_q) {
+  const int64_t sequences = cu_q.shape[0] - 1, total = out.shape[0];
+  const int64_t begin = sequences > 0 ? cu_q.i32()[0] : total;
+  const int64_t end = sequences > 0 ? cu_q.i32()[sequences * cu_q.strides[0]] : total;
+  for (int64_t t = 0; t < total; ++t)
+    if (t < begin || t >= end)
+      std::memset(out.f32() + t * out.strides[0], 0,
+                  sizeof(float) * static_cast<size_t>(out.shape[1] * out.shape[2]));
 }
 
 }  // namespace

@@ -32,22 +32,9 @@ __attribute__((noinline)) static void merge(const State& total, const State& par
   }
 }
 
-struct Sequence {
-  Span span;
+struct Sequence : Span {
   int64_t segments, partial;  // partial: offset of the sequence's partial states, in floats
 };
-
-static const Sequence& find_sequence(const Sequence* all, int64_t n, int64_t task) {
-  int64_t lo = 0, hi = n - 1;
-  while (lo < hi) {
-    const int64_t mid = (lo + hi + 1) / 2;
-    if (all[mid].span.tasks_before <= task)
-      lo = mid;
-    else
-      hi = mid - 1;
-  }
-  return all[lo];
-}
 
 }  // namespace
 
@@ -65,23 +52,13 @@ void paged_attention(const PagedAttentionArgs& args, ThreadPool& pool) {
   if (max_blocks > 1 && args.block_table.strides[1] != 1)
     fail("expected contiguous rows for block_table but received a stride of %lld",
          static_cast<long long>(args.block_table.strides[1]));
-  int64_t before = 0;
-  for (int64_t b = 0; b <= sequences; ++b) {
-    const int64_t at = cu_q[b * q_step];
-    if (at < before || at > total)
-      fail(
-          "expected non-decreasing offsets from 0 to %lld for cu_q but received %lld after %lld at index "
-          "%lld",
-          static_cast<long long>(total), static_cast<long long>(at), static_cast<long long>(before),
-          static_cast<long long>(b));
-    before = at;
-  }
+  check_offsets(args.cu_q, total, "cu_q");
   Sequence* all =
       static_cast<Sequence*>(pool.scratch(1, sizeof(Sequence) * static_cast<size_t>(max64(1, sequences))));
   const int64_t limit = rows_per_task(total * heads, d, pool.size());
   int64_t tasks = 0, most_rows = 0, most_segments = 0, most_sequence_rows = 0;
   for (int64_t b = 0; b < sequences; ++b) {
-    Span& s = all[b].span;
+    Sequence& s = all[b];
     s.tasks_before = tasks;
     s.q_begin = cu_q[b * q_step];
     s.queries = cu_q[(b + 1) * q_step] - s.q_begin;
@@ -101,31 +78,15 @@ void paged_attention(const PagedAttentionArgs& args, ThreadPool& pool) {
              table[b * table_step + i]);
     const int64_t rows = s.queries * group;
     s.rows_per_block = even_rows(rows, limit);
-    all[b].segments = ceil_div(s.keys, kSegment);
+    s.segments = ceil_div(s.keys, kSegment);
     most_rows = max64(most_rows, min64(rows, s.rows_per_block));
     most_sequence_rows = max64(most_sequence_rows, rows);
-    most_segments = max64(most_segments, all[b].segments);
+    most_segments = max64(most_segments, s.segments);
     if (rows > 0) tasks += kv_heads * ceil_div(rows, s.rows_per_block);
   }
-  // Padding queries that belong to no sequence.
-  for (int64_t t = 0; t < total; ++t)
-    if (sequences <= 0 || t < cu_q[0] || t >= cu_q[sequences * q_step])
-      std::memset(args.out.f32() + t * args.out.strides[0], 0,
-                  sizeof(float) * static_cast<size_t>(heads * d));
+  zero_padding(args.out, args.cu_q);
   if (tasks == 0) return;
 
-  const auto queries_of = [&](const Span& s, int64_t head) {
-    Queries qs;
-    qs.q = args.q.f32() + s.q_begin * args.q.strides[0] + head * group * d;
-    qs.stride = args.q.strides[0];
-    qs.group = group;
-    qs.d = d;
-    qs.keys = s.keys;
-    qs.causal = true;
-    qs.first_seen = s.keys - s.queries + 1;
-    qs.scale = args.scale;
-    return qs;
-  };
   const auto keys_of = [&](const Span& s, int64_t head) {
     const View &k = args.k_pages, &v = args.v_pages;
     const int64_t bytes = k.dtype == DType::f32 ? 4 : 2;
@@ -141,9 +102,6 @@ void paged_attention(const PagedAttentionArgs& args, ThreadPool& pool) {
     keys.dtype = k.dtype;
     return keys;
   };
-  const auto out_of = [&](const Span& s, int64_t head) {
-    return args.out.f32() + s.q_begin * args.out.strides[0] + head * group * d;
-  };
 
   const bool split = most_segments > 1 && most_sequence_rows <= kMaxSplitRows &&
                      tasks < 4 * static_cast<int64_t>(pool.size());
@@ -154,12 +112,11 @@ void paged_attention(const PagedAttentionArgs& args, ThreadPool& pool) {
       float* tile = static_cast<float*>(pool.scratch(0, sizeof(float) * floats));
       float* memory = tile + tile_floats(d);
       for (int64_t task = begin; task < end; ++task) {
-        const Sequence& sequence = find_sequence(all, sequences, task);
-        const Span& s = sequence.span;
+        const Sequence& s = find_span(all, sequences, task);
         const int64_t head = (task - s.tasks_before) % kv_heads, block = (task - s.tasks_before) / kv_heads;
         const int64_t first = block * s.rows_per_block;
         const int64_t rows = min64(s.rows_per_block, s.queries * group - first);
-        const Queries qs = queries_of(s, head);
+        const Queries qs = queries_of(args.q, s, group, head, args.scale, true);
         const State sum = state_at(memory, rows, d), part = state_at(memory + state_floats(rows, d), rows, d);
         float* packed = memory + 2 * state_floats(rows, d);
         pack_queries(qs, first, rows, packed);
@@ -171,7 +128,7 @@ void paged_attention(const PagedAttentionArgs& args, ThreadPool& pool) {
                  tile);
           merge(sum, part, rows, d);
         }
-        finish(sum, qs, first, rows, out_of(s, head), args.out.strides[0]);
+        finish(sum, qs, first, rows, results_of(args.out, s, group, head), args.out.strides[0]);
       }
     });
     return;
@@ -179,13 +136,13 @@ void paged_attention(const PagedAttentionArgs& args, ThreadPool& pool) {
 
   int64_t pieces = 0, partial = 0;
   for (int64_t b = 0; b < sequences; ++b) {
-    Sequence& sequence = all[b];
-    sequence.span.tasks_before = pieces;
-    sequence.partial = partial;
-    const int64_t rows = sequence.span.queries * group;
+    Sequence& s = all[b];
+    s.tasks_before = pieces;
+    s.partial = partial;
+    const int64_t rows = s.queries * group;
     if (rows == 0) continue;
-    pieces += kv_heads * sequence.segments;
-    partial += kv_heads * sequence.segments * state_floats(rows, d);
+    pieces += kv_heads * s.segments;
+    partial += kv_heads * s.segments * state_floats(rows, d);
   }
   float* partials = static_cast<float*>(pool.scratch(2, sizeof(float) * static_cast<size_t>(partial)));
   const size_t floats = static_cast<size_t>(tile_floats(d) + most_sequence_rows * d);
@@ -194,15 +151,14 @@ void paged_attention(const PagedAttentionArgs& args, ThreadPool& pool) {
   pool.parallel_for(pieces, grain, [&](int64_t begin, int64_t end) {
     float* tile = static_cast<float*>(pool.scratch(0, sizeof(float) * floats));
     for (int64_t piece = begin; piece < end; ++piece) {
-      const Sequence& sequence = find_sequence(all, sequences, piece);
-      const Span& s = sequence.span;
+      const Sequence& s = find_span(all, sequences, piece);
       const int64_t index = piece - s.tasks_before;
-      const int64_t head = index / sequence.segments, key = index % sequence.segments * kSegment;
+      const int64_t head = index / s.segments, key = index % s.segments * kSegment;
       const int64_t rows = s.queries * group;
-      const Queries qs = queries_of(s, head);
+      const Queries qs = queries_of(args.q, s, group, head, args.scale, true);
       float* packed = tile + tile_floats(d);
       pack_queries(qs, 0, rows, packed);
-      const State part = state_at(partials + sequence.partial + index * state_floats(rows, d), rows, d);
+      const State part = state_at(partials + s.partial + index * state_floats(rows, d), rows, d);
       reset(part, rows, d);
       const int64_t key_end = min64(key + kSegment, s.keys);
       attend(keys_of(s, head), qs, 0, rows, packed, key, key_end, piece + 1 < end ? s.keys : key_end, part,
@@ -211,22 +167,19 @@ void paged_attention(const PagedAttentionArgs& args, ThreadPool& pool) {
   });
   pool.parallel_for(sequences * kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Sequence& sequence = all[i / kv_heads];
-      const Span& s = sequence.span;
+      const Sequence& s = all[i / kv_heads];
       const int64_t rows = s.queries * group, head = i % kv_heads;
       if (rows == 0) continue;
-      const Queries qs = queries_of(s, head);
+      const Queries qs = queries_of(args.q, s, group, head, args.scale, true);
       const State sum = state_at(
           static_cast<float*>(pool.scratch(0, sizeof(float) * static_cast<size_t>(state_floats(rows, d)))),
           rows, d);
       reset(sum, rows, d);
-      for (int64_t segment = 0; segment < sequence.segments; ++segment)
+      for (int64_t segment = 0; segment < s.segments; ++segment)
         merge(sum,
-              state_at(
-                  partials + sequence.partial + (head * sequence.segments + segment) * state_floats(rows, d),
-                  rows, d),
+              state_at(partials + s.partial + (head * s.segments + segment) * state_floats(rows, d), rows, d),
               rows, d);
-      finish(sum, qs, 0, rows, out_of(s, head), args.out.strides[0]);
+      finish(sum, qs, 0, rows, results_of(args.out, s, group, head), args.out.strides[0]);
     }
   });
 }
