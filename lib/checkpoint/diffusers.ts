@@ -142,52 +142,76 @@ export function readPipelineIndex(folder: string): PipelineIndex {
   }
 }
 
+const DIFFUSERS_STEMS = ['diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.bin']
+
+/** The components that hold weights, by the names of their folders. */
+export const COMPONENTS = {
+  text_encoder: { parse: parseClipTextConfig, stems: TRANSFORMERS_STEMS },
+  text_encoder_2: { parse: parseClipTextConfig, stems: TRANSFORMERS_STEMS },
+  unet: { parse: parseUnetConfig, stems: DIFFUSERS_STEMS },
+  vae: { parse: parseVaeConfig, stems: DIFFUSERS_STEMS },
+} as const
+export type Component = keyof typeof COMPONENTS
+export type ComponentConfig<C extends Component> = ReturnType<(typeof COMPONENTS)[C]['parse']>
+
+/** The `config.json` of a component. */
+export function readComponentConfig<C extends Component>(folder: string, name: C): ComponentConfig<C> {
+  const file = join(folder, name, 'config.json')
+  return COMPONENTS[name].parse(readJson(file), file) as ComponentConfig<C>
+}
+
+/** The headers of a component's weights. */
+export function openComponentWeights(
+  folder: string,
+  name: Component,
+  { variant }: OpenDiffusionOptions = {},
+): { weights: TensorMap; files: readonly string[] } {
+  const path = join(folder, name)
+  const { tensors, files } = openTensorFolder(path, stemsOf(COMPONENTS[name].stems, variant))
+  return { weights: new TensorMap(path, name === 'vae' ? vaeTensors(tensors) : tensors), files }
+}
+
+/** The `scheduler_config.json` of a pipeline folder, read as the class that `index` names. */
+export function readSchedulerConfig(folder: string, index: PipelineIndex): SchedulerConfig {
+  const file = join(folder, 'scheduler/scheduler_config.json')
+  return parseSchedulerConfig(readJson(file), file, index.scheduler)
+}
+
 /**
  * Finds and checks everything an SDXL pipeline consists of, a folder as diffusers writes it. Only headers are read.
  * @throws MgmError `CHECKPOINT_INVALID` or `CHECKPOINT_UNSUPPORTED`, naming the file and what would fix it.
  */
 export function openDiffusion(folder: string, options: OpenDiffusionOptions = {}): DiffusionCheckpoint {
   const index = readPipelineIndex(folder)
-  const schedulerFile = join(folder, 'scheduler/scheduler_config.json')
-  const files: string[] = []
-  const open = <T>(name: string, parse: (json: unknown, file: string) => T, stems: readonly string[]) => {
-    const path = join(folder, name)
-    const file = join(path, 'config.json')
-    const config = parse(readJson(file), file)
-    const found = openTensorFolder(path, stemsOf(stems, options.variant))
-    files.push(...found.files)
-    return {
-      config,
-      weights: new TensorMap(path, name === 'vae' ? vaeTensors(found.tensors) : found.tensors),
-    }
+  const allFiles: string[] = []
+  const open = <C extends Component>(name: C) => {
+    const config = readComponentConfig(folder, name)
+    const { weights, files } = openComponentWeights(folder, name, options)
+    allFiles.push(...files)
+    return { config, weights }
   }
-  const textEncoder = (suffix: string, projection: boolean): TextEncoderFiles => ({
-    ...open(`text_encoder${suffix}`, parseClipTextConfig, TRANSFORMERS_STEMS),
-    projection,
-    tokenizer: join(folder, `tokenizer${suffix}`),
-  })
-  const textEncoders = [textEncoder('', false), textEncoder('_2', true)] as const
-  const unet = open('unet', parseUnetConfig, DIFFUSERS_STEMS)
-  const vae = open('vae', parseVaeConfig, DIFFUSERS_STEMS)
-  checkWidths(folder, textEncoders, unet.config, vae.config)
+  const textEncoders = [
+    { ...open('text_encoder'), projection: false, tokenizer: join(folder, 'tokenizer') },
+    { ...open('text_encoder_2'), projection: true, tokenizer: join(folder, 'tokenizer_2') },
+  ] as const
+  const unet = open('unet')
+  const vae = open('vae')
+  checkWidths(folder, textEncoders[0].config, textEncoders[1].config, unet.config, vae.config)
   const { variant } = options
-  if (variant && !files.some(file => basename(file).includes(`.${variant}.`)))
+  if (variant && !allFiles.some(file => basename(file).includes(`.${variant}.`)))
     throw invalid(`expected weights of the variant ${describe(variant)} in ${folder} but found none`)
 
-  const parts = [...textEncoders, unet, vae]
   return {
     folder,
-    scheduler: parseSchedulerConfig(readJson(schedulerFile), schedulerFile, index.scheduler),
+    scheduler: readSchedulerConfig(folder, index),
     textEncoders,
     unet,
     vae,
     forceZerosForEmptyPrompt: index.forceZerosForEmptyPrompt,
-    files,
-    totalBytes: parts.reduce((sum, part) => sum + part.weights.byteLength, 0),
+    files: allFiles,
+    totalBytes: [...textEncoders, unet, vae].reduce((sum, part) => sum + part.weights.byteLength, 0),
   }
 }
-
-const DIFFUSERS_STEMS = ['diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.bin']
 
 /** Safetensors before archives; of each, the variant before the plain file. */
 function stemsOf(stems: readonly string[], variant: string | null = 'fp16'): string[] {
@@ -225,9 +249,10 @@ function asMatrix(entry: TensorEntry): TensorEntry {
 }
 
 /** The parts must have been trained together; a component of another model shows here first. */
-function checkWidths(
+export function checkWidths(
   folder: string,
-  [first, second]: readonly [TextEncoderFiles, TextEncoderFiles],
+  first: ClipTextConfig,
+  second: ClipTextConfig,
   unet: UnetConfig,
   vae: VaeConfig,
 ): void {
@@ -245,13 +270,13 @@ function checkWidths(
   expectEqual(
     'cross_attention_dim',
     unet.cross_attention_dim,
-    first.config.hidden_size + second.config.hidden_size,
+    first.hidden_size + second.hidden_size,
     "the text encoders' hidden_size together",
   )
   expectEqual(
     'projection_class_embeddings_input_dim',
     unet.projection_class_embeddings_input_dim,
-    second.config.projection_dim + 6 * unet.addition_time_embed_dim,
+    second.projection_dim + 6 * unet.addition_time_embed_dim,
     "the second text encoder's projection_dim and six addition_time_embed_dim",
   )
 }

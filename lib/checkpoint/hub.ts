@@ -78,13 +78,16 @@ export async function resolveCheckpoint(pathOrId: string, options: ResolveOption
   return new Download(pathOrId, options).run()
 }
 
+/** Where `mgm` looks for SDXL unless told otherwise. */
+export const SDXL_REPOSITORY = 'stabilityai/stable-diffusion-xl-base-1.0'
+
 /**
  * The files a checkpoint needs of those a repository holds: configurations, tokenizers and weights. Safetensors are
- * preferred to .bin files and fp16 variants to full ones of the same name, folder by folder; in a diffusers repository
- * (`model_index.json`) weights outside the component folders are left out, as are training leftovers.
+ * preferred to .bin files and fp16 variants to full ones of the same name, folder by folder; training leftovers are left
+ * out. Of a diffusers repository (`model_index.json`), the folders of SDXL's components with one kind of weights each.
  */
 export function selectFiles(paths: readonly string[]): string[] {
-  const isPipeline = paths.includes('model_index.json')
+  if (paths.includes('model_index.json')) return selectPipelineFiles(paths)
   const all = new Set(paths)
   const hasSafetensors = new Set(
     paths.filter(path => path.endsWith('.safetensors')).map(path => dirname(path)),
@@ -94,9 +97,43 @@ export function selectFiles(paths: readonly string[]): string[] {
     if (/^(training_args|optimizer|scheduler)\.bin$/.test(name)) return false
     if (/\.(json|model|tiktoken)$/.test(name) || name === 'merges.txt' || name === 'vocab.txt') return true
     if (!/\.(safetensors|bin)$/.test(name)) return false
-    if (isPipeline && dirname(path) === '.') return false
     if (name.endsWith('.bin') && hasSafetensors.has(dirname(path))) return false
     return !all.has(path.replace(/\.(safetensors|bin)$/, '.fp16.$1'))
+  })
+}
+
+const PIPELINE_FOLDERS = [
+  'scheduler',
+  'text_encoder',
+  'text_encoder_2',
+  'tokenizer',
+  'tokenizer_2',
+  'unet',
+  'vae',
+]
+/** Weights, shards and indices by the names that diffusers and transformers give them, with or without variant. */
+const COMPONENT_WEIGHTS =
+  /^(?:model|pytorch_model|diffusion_pytorch_model)(\.fp16)?(?:-\d+-of-\d+)?(\.fp16)?\.(safetensors|bin)(?:\.index(\.fp16)?\.json)?$/
+/** The preferred kind first, as `openDiffusion` takes them. */
+const WEIGHT_KINDS = ['fp16.safetensors', 'safetensors', 'fp16.bin', 'bin']
+
+function selectPipelineFiles(paths: readonly string[]): string[] {
+  const kindOf = (path: string): string | undefined => {
+    const match = COMPONENT_WEIGHTS.exec(path.split('/').at(-1)!)
+    return match ? `${match[1] || match[2] || match[4] ? 'fp16.' : ''}${match[3]}` : undefined
+  }
+  const chosen = new Map(
+    PIPELINE_FOLDERS.map(folder => {
+      const kinds = paths.filter(path => dirname(path) === folder && isWeight(path)).map(kindOf)
+      return [folder, WEIGHT_KINDS.find(kind => kinds.includes(kind))]
+    }),
+  )
+  return paths.filter(path => {
+    if (path === 'model_index.json') return true
+    const folder = dirname(path)
+    if (!chosen.has(folder)) return false
+    const kind = kindOf(path)
+    return kind ? kind === chosen.get(folder) : /\.json$|\/merges\.txt$/.test(path)
   })
 }
 
@@ -450,13 +487,13 @@ async function isComplete(snapshot: string, isPart: boolean): Promise<boolean> {
     const present = new Set(paths)
     for (const path of paths) {
       await stat(join(snapshot, path))
-      if (!path.endsWith('.index.json')) continue
+      if (!/\.index(\.\w+)?\.json$/.test(path)) continue
       const index = JSON.parse(await readFile(join(snapshot, path), 'utf8'))
       // The index of the .bin shards stays where only the safetensors were fetched.
       const shards = [...new Set(Object.values(index?.weight_map ?? {}))].map(shard =>
         join(dirname(path), String(shard)),
       )
-      const isUsed = path.endsWith('.safetensors.index.json') || !paths.some(p => p.endsWith('.safetensors'))
+      const isUsed = path.includes('.safetensors.index.') || !paths.some(p => p.endsWith('.safetensors'))
       if (isUsed && !shards.every(shard => present.has(shard))) return false
     }
   } catch {

@@ -1,4 +1,18 @@
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
 import type { ClipConfig, MgmConfig, MgmFamily } from './config.ts'
+import {
+  COMPONENTS,
+  type Component,
+  type ComponentConfig,
+  checkWidths,
+  openComponentWeights,
+  readComponentConfig,
+  readPipelineIndex,
+  readSchedulerConfig,
+  type SchedulerConfig,
+  textIgnored,
+} from './diffusers.ts'
 import { OPEN_CLIP_STEMS, openTensorFolder } from './files.ts'
 import { elementCount, type StoredDType, type TensorEntry } from './source.ts'
 import { TensorMap } from './tensor-map.ts'
@@ -66,14 +80,7 @@ export interface CheckpointSummary {
 export function inspectCheckpoint(folder: string, options: OpenCheckpointOptions = {}): CheckpointSummary {
   const config = readMgmConfig(folder)
   const missing: string[] = []
-  const attempt = <T>(action: () => T): T | undefined => {
-    try {
-      return action()
-    } catch (error) {
-      missing.push((error as Error).message)
-      return undefined
-    }
-  }
+  const attempt = attempts(missing)
   const tower = (
     key: 'mm_vision_tower' | 'mm_vision_tower_aux',
     override: string | undefined,
@@ -134,6 +141,84 @@ export function inspectCheckpoint(folder: string, options: OpenCheckpointOptions
     },
     files: [...new Set(all.map(entry => entry.file))],
     missing,
+  }
+}
+
+/** What `mgm info` shows of an SDXL pipeline. Only tensors that image generation uses are counted. */
+export interface DiffusionSummary {
+  folder: string
+  /** Class of the pipeline that wrote it. */
+  pipeline: string
+  /** Null, as the configs below, if it is missing, invalid or of a kind that is not run. */
+  scheduler: SchedulerConfig | null
+  configs: { [C in Component]: ComponentConfig<C> | null }
+  parts: Record<Component, PartSummary>
+  total: PartSummary
+  /** Memory for the weights, in bytes. */
+  bytesNeeded: Record<'f32' | 'bf16' | 'f16', number>
+  files: string[]
+  /** What keeps the pipeline from loading, in words; empty if nothing was found. */
+  missing: string[]
+}
+
+/**
+ * Summarises an SDXL pipeline from its headers. Components that are missing or damaged are listed in `missing`.
+ * @throws MgmError only if `model_index.json` itself is missing, invalid or of another pipeline.
+ */
+export function inspectDiffusion(folder: string): DiffusionSummary {
+  const index = readPipelineIndex(folder)
+  const missing: string[] = []
+  const attempt = attempts(missing)
+  const names = Object.keys(COMPONENTS) as Component[]
+  const each = <T>(of: (name: Component) => T) =>
+    Object.fromEntries(names.map(name => [name, of(name)])) as Record<Component, T>
+
+  const configs = each(
+    name => attempt(() => readComponentConfig(folder, name)) ?? null,
+  ) as DiffusionSummary['configs']
+  const { text_encoder: first, text_encoder_2: second, unet, vae } = configs
+  if (first && second && unet && vae) attempt(() => checkWidths(folder, first, second, unet, vae))
+  const scheduler = attempt(() => readSchedulerConfig(folder, index)) ?? null
+  for (const name of ['tokenizer', 'tokenizer_2']) {
+    const has = (file: string) => existsSync(join(folder, name, file))
+    if (!(has('vocab.json') && has('merges.txt')) && !has('tokenizer.json'))
+      missing.push(`no vocab.json and merges.txt, nor tokenizer.json, in ${join(folder, name)}`)
+  }
+
+  const files: string[] = []
+  const used = each(name => {
+    const found = attempt(() => openComponentWeights(folder, name))
+    files.push(...(found?.files ?? []))
+    const ignored = name === 'text_encoder' && first ? textIgnored({ config: first, projection: false }) : []
+    return without(found?.weights.entries() ?? [], ignored)
+  })
+  const all = names.flatMap(name => used[name])
+  return {
+    folder,
+    pipeline: index.pipeline,
+    scheduler,
+    configs,
+    parts: each(name => summarize(used[name])),
+    total: summarize(all),
+    bytesNeeded: {
+      f32: bytesNeeded(all, 'f32'),
+      bf16: bytesNeeded(all, 'bf16'),
+      f16: bytesNeeded(all, 'f16'),
+    },
+    files,
+    missing,
+  }
+}
+
+/** Runs an action; what it throws is noted in `missing`. */
+function attempts(missing: string[]) {
+  return <T>(action: () => T): T | undefined => {
+    try {
+      return action()
+    } catch (error) {
+      missing.push((error as Error).message)
+      return undefined
+    }
   }
 }
 

@@ -188,7 +188,7 @@ Examples:
     mgm
       .command('info')
       .description('What is in a checkpoint, the memory it needs, and what is missing')
-      .argument('<checkpoint>', 'folder of an MGM checkpoint, or its id on the Hugging Face hub')
+      .argument('<checkpoint>', 'folder of an MGM or SDXL checkpoint, or its id on the Hugging Face hub')
       .option('--json', 'print JSON'),
   )
     .addHelpText(
@@ -196,6 +196,7 @@ Examples:
       `
 Examples:
   $ mgm info ./MGM-2B
+  $ mgm info stabilityai/stable-diffusion-xl-base-1.0
   $ mgm info ./MGM-2B --json | jq .bytesNeeded.int8`,
     )
     .action(async (checkpoint: string, flags: ChatFlags) => {

@@ -9,6 +9,7 @@ import {
   parseUnetConfig,
   parseVaeConfig,
 } from '../../lib/checkpoint/diffusers-config.ts'
+import { inspectDiffusion } from '../../lib/checkpoint/inspect.ts'
 import { failure } from '../helpers/failure.ts'
 import { FIXTURES } from '../helpers/safetensors.ts'
 
@@ -298,6 +299,64 @@ describe('openDiffusion', () => {
     expect(failure(() => openDiffusion(folder))).toMatch(
       /^CHECKPOINT_INVALID: expected one of diffusion_pytorch_model\.fp16\.safetensors, .* in .*vae but found only config\.json$/,
     )
+  })
+})
+
+describe('inspectDiffusion', () => {
+  test('counts what image generation uses', () => {
+    const { pipeline, parts, total, bytesNeeded, missing } = inspectDiffusion(PIPELINE)
+    const layer = (c: number, inner: number) => 4 * (c * c + c) + 2 * c * inner + inner + c + 4 * c
+    // Of the first encoder all but the last of three layers and the last norm; of the second all four, norm and projection.
+    const first = (813 + 77) * 32 + 2 * layer(32, 64)
+    const second = (813 + 77) * 48 + 4 * layer(48, 96) + 2 * 48 + 48 * 48
+    expect(parts.text_encoder).toEqual({
+      tensors: 2 + 2 * 16,
+      parameters: first,
+      bytes: 2 * first,
+      dtypes: { f16: 34 },
+    })
+    expect(parts.text_encoder_2.parameters).toBe(second)
+    const { unet, vae } = openDiffusion(PIPELINE)
+    expect(parts.unet.bytes).toBe(unet.weights.byteLength)
+    expect(parts.vae.bytes).toBe(vae.weights.byteLength)
+    expect({ pipeline, missing }).toEqual({ pipeline: 'StableDiffusionXLPipeline', missing: [] })
+    expect(bytesNeeded).toEqual({
+      f32: 4 * total.parameters,
+      bf16: 2 * total.parameters,
+      f16: 2 * total.parameters,
+    })
+  })
+
+  test('lists what is missing or not run', () => {
+    const folder = copy()
+    rmSync(join(folder, 'vae'), { recursive: true })
+    rmSync(join(folder, 'tokenizer/merges.txt'))
+    rmSync(join(folder, 'text_encoder_2/model.fp16.safetensors'))
+    editJson(join(folder, 'unet/config.json'), config => {
+      config.class_embed_type = 'timestep'
+    })
+    const summary = inspectDiffusion(folder)
+    expect(summary.missing).toEqual([
+      expect.stringMatching(
+        /^expected null for "class_embed_type" in .*unet.config\.json but received "timestep"$/,
+      ),
+      expect.stringMatching(/vae.config\.json/),
+      expect.stringMatching(/^no vocab\.json and merges\.txt, nor tokenizer\.json, in .*tokenizer$/),
+      expect.stringMatching(/^expected one of model\.fp16\.safetensors, .*text_encoder_2/),
+      expect.stringMatching(/^expected one of diffusion_pytorch_model\.fp16\.safetensors, .*vae/),
+    ])
+    expect(summary.configs).toMatchObject({ unet: null, vae: null, text_encoder: { hidden_size: 32 } })
+    expect(summary.parts.unet.tensors).toBeGreaterThan(0)
+  })
+
+  test('notices components of different models', () => {
+    const folder = copy()
+    editJson(join(folder, 'unet/config.json'), config => {
+      config.cross_attention_dim = 96
+    })
+    expect(inspectDiffusion(folder).missing).toEqual([
+      expect.stringMatching(/"cross_attention_dim".*received 96$/),
+    ])
   })
 })
 

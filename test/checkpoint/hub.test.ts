@@ -6,6 +6,7 @@ import {
   readdirSync,
   readFileSync,
   readlinkSync,
+  renameSync,
   rmSync,
   writeFileSync,
 } from 'node:fs'
@@ -360,6 +361,11 @@ describe('resolveCheckpoint', () => {
       '{"weight_map":{"a":"model-00001-of-00002.safetensors","b":"model-00002-of-00002.safetensors"}}',
     )
     await expect(resolve({ offline: true })).rejects.toThrow(/no complete snapshot is in the cache/)
+    renameSync(
+      join(snapshot, 'model.safetensors.index.json'),
+      join(snapshot, 'model.safetensors.index.fp16.json'),
+    )
+    await expect(resolve({ offline: true })).rejects.toThrow(/no complete snapshot is in the cache/)
   })
 
   it('shares one download between two callers', async () => {
@@ -418,23 +424,80 @@ describe('selectFiles', () => {
   })
 
   it('takes the fp16 components of a diffusers pipeline', () => {
+    // What stabilityai/stable-diffusion-xl-base-1.0 holds.
     expect(
       selectFiles([
+        '.gitattributes',
+        'README.md',
+        'comparison.png',
         'model_index.json',
-        'sd_xl_base_1.0.safetensors',
-        'unet/config.json',
-        'unet/diffusion_pytorch_model.safetensors',
-        'unet/diffusion_pytorch_model.fp16.safetensors',
-        'unet/openvino_model.bin',
-        'vae/diffusion_pytorch_model.safetensors',
         'scheduler/scheduler_config.json',
+        'sd_xl_base_1.0.safetensors',
+        'sd_xl_base_1.0_0.9vae.safetensors',
+        'text_encoder/config.json',
+        'text_encoder/flax_model.msgpack',
+        'text_encoder/model.fp16.safetensors',
+        'text_encoder/model.onnx',
+        'text_encoder/model.safetensors',
+        'text_encoder/openvino_model.bin',
+        'text_encoder/openvino_model.xml',
+        'tokenizer/merges.txt',
+        'tokenizer/special_tokens_map.json',
+        'tokenizer/tokenizer_config.json',
+        'tokenizer/vocab.json',
+        'unet/config.json',
+        'unet/diffusion_flax_model.msgpack',
+        'unet/diffusion_pytorch_model.fp16.safetensors',
+        'unet/diffusion_pytorch_model.safetensors',
+        'unet/model.onnx_data',
+        'unet/openvino_model.bin',
+        'vae/config.json',
+        'vae/diffusion_pytorch_model.safetensors',
+        'vae_1_0/config.json',
+        'vae_1_0/diffusion_pytorch_model.fp16.safetensors',
+        'vae_decoder/config.json',
+        'vae_decoder/openvino_model.bin',
       ]),
     ).toEqual([
       'model_index.json',
+      'scheduler/scheduler_config.json',
+      'text_encoder/config.json',
+      'text_encoder/model.fp16.safetensors',
+      'tokenizer/merges.txt',
+      'tokenizer/special_tokens_map.json',
+      'tokenizer/tokenizer_config.json',
+      'tokenizer/vocab.json',
       'unet/config.json',
       'unet/diffusion_pytorch_model.fp16.safetensors',
+      'vae/config.json',
       'vae/diffusion_pytorch_model.safetensors',
-      'scheduler/scheduler_config.json',
+    ])
+  })
+
+  const stem = 'unet/diffusion_pytorch_model'
+  const shards = (name: string) => [1, 2].map(i => `${stem}${name.replace('#', `-0000${i}-of-00002`)}`)
+  const archive = [`${stem}.bin`]
+  const archives = [...archive, ...shards('#.bin'), `${stem}.bin.index.json`]
+  const plain = [...archives, `${stem}.safetensors`, `${stem}.safetensors.index.json`]
+  it.each([
+    [
+      'shards named after their variant',
+      [...shards('.fp16#.safetensors'), `${stem}.safetensors.index.fp16.json`],
+      plain,
+    ],
+    [
+      'shards that end in their variant',
+      [...shards('#.fp16.safetensors'), `${stem}.fp16.safetensors.index.json`],
+      plain,
+    ],
+    ['shards without variant', [...shards('#.safetensors'), `${stem}.safetensors.index.json`], archives],
+    ['an archive of the variant', [`${stem}.fp16.bin`], archives],
+    ['an archive', archive, []],
+  ])('takes %s with their index, and nothing of a lesser kind', (_, wanted, lesser) => {
+    const others = ['unet/openvino_model.bin', `${stem}.non_ema.safetensors`]
+    expect(selectFiles(['model_index.json', ...lesser, ...others, ...wanted])).toEqual([
+      'model_index.json',
+      ...wanted,
     ])
   })
 })

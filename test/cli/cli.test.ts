@@ -249,6 +249,20 @@ describe('mgm info', () => {
     expect(stdout).toMatch(/missing\n.*mm_vision_tower/)
   })
 
+  it('shows an SDXL pipeline', async () => {
+    const pipeline = join(root, 'test', 'fixtures', 'sdxl-tiny', 'pipeline')
+    const { code, stdout } = await mgm(['info', pipeline])
+    expect(code).toBe(0)
+    expect(stdout).toMatch(/^UNet +channels 16-32-64, transformers 0-2-3, heads 2-4-4, prompt 80$/m)
+    expect(stdout).toMatch(/^text encoder 2 +4 layers of 48, 6 heads, gelu$/m)
+    expect(stdout).toMatch(/^VAE +channels 16-32-48-48, 8 x 8 pixels a latent of 4$/m)
+    expect(stdout).toMatch(/^scheduler +euler, epsilon, leading spacing$/m)
+    expect(stdout).toMatch(/^picture +128 x 128$/m)
+    expect(stdout).toContain('nothing is missing')
+    const summary = JSON.parse((await mgm(['info', pipeline, '--json'])).stdout)
+    expect(summary.bytesNeeded.f32).toBe(4 * summary.total.parameters)
+  })
+
   it('names a folder that holds no checkpoint', async () => {
     const { code, stderr } = await mgm(['info', folder])
     expect(code).toBe(1)
