@@ -1,4 +1,5 @@
 import type { VaeConfig } from '../checkpoint/diffusers.ts'
+import type { Device } from '../device.ts'
 import { expected } from '../errors.ts'
 import {
   attention,
@@ -9,6 +10,7 @@ import {
   linear,
   packLinear,
   permute,
+  scaleColumns,
 } from '../ops.ts'
 import { scope, type Tensor } from '../tensor.ts'
 import { advance, type Loader, type Observe, under, type Weights } from './loader.ts'
@@ -18,51 +20,86 @@ import { blendTiles, tilesAlong } from './tiles.ts'
 const EPS = 1e-6
 const SMALLEST_TILE = 8
 
+/** What the layers of either half have in common. */
+interface Build {
+  readonly loader: Loader
+  readonly groups: number
+  /**
+   * What norms read is stored times this: sums that f16 cannot hold. Norms undo it, with an epsilon to fit, and a power of
+   * two changes no digit.
+   */
+  readonly gain: number
+}
+
+// The sums of SDXL's VAE pass 65504, f16's largest number, but not 256 times that.
+const F16_GAIN = 2 ** -8
+
 /** GroupNorm, with SiLU unless an attention follows. */
 class Norm {
   private readonly weight: Tensor
   private readonly bias: Tensor
-  private readonly groups: number
+  private readonly options: { groups: number; eps: number }
 
-  constructor(loader: Loader, weights: Weights, channels: number, groups: number) {
+  constructor({ loader, groups, gain }: Build, weights: Weights, channels: number) {
     this.weight = loader.f32(weights.take('weight', [channels]))
     this.bias = loader.f32(weights.take('bias', [channels]))
-    this.groups = groups
+    this.options = { groups, eps: EPS * gain ** 2 }
   }
 
   /** x [B, H, W, C] → [B, H, W, C]. */
   forward(x: Tensor, activation: 'none' | 'silu' = 'silu'): Tensor {
-    return groupNorm(x, this.weight, this.bias, { groups: this.groups, eps: EPS, activation })
+    return groupNorm(x, this.weight, this.bias, { ...this.options, activation })
   }
+}
+
+interface ConvGeometry {
+  readonly from: number
+  readonly to: number
+  readonly kernel: number
+  /** How many of the output channels are ever computed. Default: all. */
+  readonly used?: number
+  /** What its input and its output are stored times. Default 1. */
+  readonly gains?: { readonly input?: number; readonly output?: number }
 }
 
 /** A square convolution that keeps height and width unless its options say otherwise. */
 class Conv {
   private readonly weight: Tensor
   private readonly bias: Tensor
+  private readonly scale: Tensor | undefined
   private readonly kernel: number
 
-  /** `used`: how many of the output channels are ever computed. Default: all. */
-  constructor(
-    loader: Loader,
-    weights: Weights,
-    { from, to, kernel, used = to }: { from: number; to: number; kernel: number; used?: number },
-  ) {
+  constructor({ loader }: Build, weights: Weights, geometry: ConvGeometry) {
+    const { from, to, kernel, used = to } = geometry
+    const { input = 1, output = 1 } = geometry.gains ?? {}
     const weight = weights.take('weight', [to, from, kernel, kernel])
     const bias = weights.take('bias', [to])
     this.weight = loader.build(() => {
       const rows = permute(loader.tensor(weight), [0, 2, 3, 1]).reshape(to, -1)
       return packLinear(rows.narrow(0, 0, used), { dtype: loader.storage(weight) })
     })
-    this.bias = loader.build(() => cast(loader.tensor(bias).narrow(0, 0, used), 'f32'))
+    this.bias = loader.build(() => {
+      const row = cast(loader.tensor(bias).narrow(0, 0, used), 'f32').reshape(1, used)
+      return scaleColumns(row, constant(loader.device, used, input)).reshape(used)
+    })
+    this.scale = gainOf(loader, used, output / input)
     this.kernel = kernel
   }
 
   /** x [B, H, W, C] → [B, H, W, O]. */
-  forward(x: Tensor, options: Omit<Conv2dOptions, 'kernel' | 'bias'> = {}): Tensor {
-    const { weight, bias, kernel } = this
-    return conv2d(x, weight, { bias, kernel: [kernel, kernel], pad: kernel >> 1, ...options })
+  forward(x: Tensor, options: Omit<Conv2dOptions, 'kernel' | 'bias' | 'scale'> = {}): Tensor {
+    const { weight, bias, scale, kernel } = this
+    return conv2d(x, weight, { bias, scale, kernel: [kernel, kernel], pad: kernel >> 1, ...options })
   }
+}
+
+function constant(device: Device, length: number, value: number): Tensor {
+  return device.tensor(new Float32Array(length).fill(value), [length])
+}
+
+/** The `scale` of an op whose results are to be stored times `gain`. */
+function gainOf(loader: Loader, channels: number, gain: number): Tensor | undefined {
+  return gain === 1 ? undefined : loader.build(() => constant(loader.device, channels, gain))
 }
 
 /** Two normed convolutions and the input, through a 1×1 convolution where widths differ. Source: `ResnetBlock2D` of diffusers. */
@@ -73,24 +110,22 @@ class ResnetBlock {
   private readonly conv2: Conv
   private readonly shortcut: Conv | undefined
 
-  private constructor(loader: Loader, weights: Weights, from: number, to: number, groups: number) {
-    this.norm1 = new Norm(loader, under(weights, 'norm1.'), from, groups)
-    this.conv1 = new Conv(loader, under(weights, 'conv1.'), { from, to, kernel: 3 })
-    this.norm2 = new Norm(loader, under(weights, 'norm2.'), to, groups)
-    this.conv2 = new Conv(loader, under(weights, 'conv2.'), { from: to, to, kernel: 3 })
-    if (from !== to)
-      this.shortcut = new Conv(loader, under(weights, 'conv_shortcut.'), { from, to, kernel: 1 })
+  private constructor(build: Build, weights: Weights, from: number, to: number) {
+    const { gain } = build
+    const gains = { output: gain }
+    this.norm1 = new Norm(build, under(weights, 'norm1.'), from)
+    this.conv1 = new Conv(build, under(weights, 'conv1.'), { from, to, kernel: 3, gains })
+    this.norm2 = new Norm(build, under(weights, 'norm2.'), to)
+    this.conv2 = new Conv(build, under(weights, 'conv2.'), { from: to, to, kernel: 3, gains })
+    if (from !== to) {
+      const gains = { input: gain, output: gain }
+      this.shortcut = new Conv(build, under(weights, 'conv_shortcut.'), { from, to, kernel: 1, gains })
+    }
   }
 
-  static async load(
-    loader: Loader,
-    weights: Weights,
-    from: number,
-    to: number,
-    groups: number,
-  ): Promise<ResnetBlock> {
-    const block = new ResnetBlock(loader, weights, from, to, groups)
-    await loader.pause()
+  static async load(build: Build, weights: Weights, from: number, to: number): Promise<ResnetBlock> {
+    const block = new ResnetBlock(build, weights, from, to)
+    await build.loader.pause()
     return block
   }
 
@@ -117,14 +152,9 @@ class AttentionBlock {
     this.w = w
   }
 
-  static async load(
-    loader: Loader,
-    weights: Weights,
-    channels: number,
-    groups: number,
-  ): Promise<AttentionBlock> {
-    const norm = new Norm(loader, under(weights, 'group_norm.'), channels, groups)
-    return new AttentionBlock(loader, norm, await loadAttention(loader, weights, channels))
+  static async load(build: Build, weights: Weights, channels: number): Promise<AttentionBlock> {
+    const norm = new Norm(build, under(weights, 'group_norm.'), channels)
+    return new AttentionBlock(build.loader, norm, await loadAttention(build, weights, channels))
   }
 
   /** x [B, H, W, C] → [B, H, W, C]. */
@@ -140,20 +170,23 @@ class AttentionBlock {
       ).reshape(-1, 3, channels)
       const [q, k, v] = [0, 1, 2].map(i => qkv.narrow(1, i, 1)) as [Tensor, Tensor, Tensor]
       const attended = attention(q, k, v, { cuQ }).reshape(-1, channels) // [B·H·W, C]
-      return linear(attended, w.to_out, { bias: w.to_out_bias, residual: x.reshape(-1, channels) }).reshape(
-        ...x.shape,
-      )
+      return linear(attended, w.to_out, {
+        bias: w.to_out_bias,
+        scale: w.to_out_scale,
+        residual: x.reshape(-1, channels),
+      }).reshape(...x.shape)
     })
   }
 }
 
-async function loadAttention(loader: Loader, weights: Weights, c: number) {
+async function loadAttention({ loader, gain }: Build, weights: Weights, c: number) {
   const qkv = ['to_q.', 'to_k.', 'to_v.'].map(name => under(weights, name))
   return {
     qkv: loader.linear(qkv.map(part => part.take('weight', [c, c]))),
     qkv_bias: await loader.concat(qkv.map(part => part.take('bias', [c]))),
     to_out: loader.linear(weights.take('to_out.0.weight', [c, c])),
     to_out_bias: loader.f32(weights.take('to_out.0.bias', [c])),
+    to_out_scale: gainOf(loader, c, gain),
   }
 }
 
@@ -166,16 +199,14 @@ interface Block {
 }
 
 /** Resnet, attention, resnet at the lowest resolution. Source: `UNetMidBlock2D` of diffusers. */
-async function loadMidBlock(loader: Loader, weights: Weights, config: VaeConfig): Promise<Block> {
-  const { norm_num_groups: groups } = config
+async function loadMidBlock(build: Build, weights: Weights, config: VaeConfig): Promise<Block> {
   const channels = config.block_out_channels.at(-1)!
   const names = under(weights, 'mid_block.')
-  const resnet = (i: number) =>
-    ResnetBlock.load(loader, under(names, `resnets.${i}.`), channels, channels, groups)
+  const resnet = (i: number) => ResnetBlock.load(build, under(names, `resnets.${i}.`), channels, channels)
   const [first, last] = [await resnet(0), await resnet(1)]
   const layers: Layer[] = [x => first.forward(x), x => last.forward(x)]
   if (config.mid_block_add_attention) {
-    const attention = await AttentionBlock.load(loader, under(names, 'attentions.0.'), channels, groups)
+    const attention = await AttentionBlock.load(build, under(names, 'attentions.0.'), channels)
     layers.splice(1, 0, x => attention.forward(x))
   }
   return { name: 'mid_block', layers }
@@ -183,14 +214,14 @@ async function loadMidBlock(loader: Loader, weights: Weights, config: VaeConfig)
 
 /** `count` resnets, the first of which changes the width. */
 async function loadResnets(
-  loader: Loader,
+  build: Build,
   weights: Weights,
-  { from, to, count, groups }: { from: number; to: number; count: number; groups: number },
+  { from, to, count }: { from: number; to: number; count: number },
 ): Promise<Layer[]> {
   const layers: Layer[] = []
   for (let i = 0; i < count; i++) {
     const names = under(weights, `resnets.${i}.`)
-    const resnet = await ResnetBlock.load(loader, names, i === 0 ? from : to, to, groups)
+    const resnet = await ResnetBlock.load(build, names, i === 0 ? from : to, to)
     layers.push(x => resnet.forward(x))
   }
   return layers
@@ -211,29 +242,31 @@ class Coder {
   }
 
   /** Source: `Decoder` of diffusers. */
-  static async decoder(loader: Loader, weights: Weights, config: VaeConfig): Promise<Coder> {
-    const { norm_num_groups: groups, layers_per_block } = config
+  static async decoder(build: Build, weights: Weights, config: VaeConfig): Promise<Coder> {
+    const { gain } = build
+    const gains = { input: gain, output: gain }
     const widths = config.block_out_channels.toReversed()
     const [deepest, outermost] = [widths[0]!, widths.at(-1)!]
-    const convIn = new Conv(loader, under(weights, 'conv_in.'), {
+    const convIn = new Conv(build, under(weights, 'conv_in.'), {
       from: config.latent_channels,
       to: deepest,
       kernel: 3,
+      gains: { output: gain },
     })
-    const blocks = [await loadMidBlock(loader, weights, config)]
+    const blocks = [await loadMidBlock(build, weights, config)]
     for (const [i, to] of widths.entries()) {
       const name = `up_blocks.${i}`
       const names = under(weights, `${name}.`)
       const from = widths[i - 1] ?? deepest
-      const layers = await loadResnets(loader, names, { from, to, count: layers_per_block + 1, groups })
+      const layers = await loadResnets(build, names, { from, to, count: config.layers_per_block + 1 })
       if (i < widths.length - 1) {
-        const conv = new Conv(loader, under(names, 'upsamplers.0.conv.'), { from: to, to, kernel: 3 })
+        const conv = new Conv(build, under(names, 'upsamplers.0.conv.'), { from: to, to, kernel: 3, gains })
         layers.push(x => conv.forward(x, { resize: [2 * x.shape[1]!, 2 * x.shape[2]!] }))
       }
       blocks.push({ name, layers })
     }
-    const normOut = new Norm(loader, under(weights, 'conv_norm_out.'), outermost, groups)
-    const convOut = new Conv(loader, under(weights, 'conv_out.'), {
+    const normOut = new Norm(build, under(weights, 'conv_norm_out.'), outermost)
+    const convOut = new Conv(build, under(weights, 'conv_out.'), {
       from: outermost,
       to: config.out_channels,
       kernel: 3,
@@ -242,29 +275,32 @@ class Coder {
   }
 
   /** Its output holds means, and log-variances only if a `quant_conv` follows that mixes them. Source: `Encoder` of diffusers. */
-  static async encoder(loader: Loader, weights: Weights, config: VaeConfig): Promise<Coder> {
-    const { norm_num_groups: groups, block_out_channels: widths, latent_channels } = config
+  static async encoder(build: Build, weights: Weights, config: VaeConfig): Promise<Coder> {
+    const { gain } = build
+    const gains = { input: gain, output: gain }
+    const { block_out_channels: widths, latent_channels } = config
     const [outermost, deepest] = [widths[0]!, widths.at(-1)!]
-    const convIn = new Conv(loader, under(weights, 'conv_in.'), {
+    const convIn = new Conv(build, under(weights, 'conv_in.'), {
       from: config.in_channels,
       to: outermost,
       kernel: 3,
+      gains: { output: gain },
     })
     const blocks: Block[] = []
     for (const [i, to] of widths.entries()) {
       const name = `down_blocks.${i}`
       const names = under(weights, `${name}.`)
       const from = widths[i - 1] ?? outermost
-      const layers = await loadResnets(loader, names, { from, to, count: config.layers_per_block, groups })
+      const layers = await loadResnets(build, names, { from, to, count: config.layers_per_block })
       if (i < widths.length - 1) {
-        const conv = new Conv(loader, under(names, 'downsamplers.0.conv.'), { from: to, to, kernel: 3 })
+        const conv = new Conv(build, under(names, 'downsamplers.0.conv.'), { from: to, to, kernel: 3, gains })
         layers.push(x => conv.forward(x, { stride: 2, pad: [0, 1] }))
       }
       blocks.push({ name, layers })
     }
-    blocks.push(await loadMidBlock(loader, weights, config))
-    const normOut = new Norm(loader, under(weights, 'conv_norm_out.'), deepest, groups)
-    const convOut = new Conv(loader, under(weights, 'conv_out.'), {
+    blocks.push(await loadMidBlock(build, weights, config))
+    const normOut = new Norm(build, under(weights, 'conv_norm_out.'), deepest)
+    const convOut = new Conv(build, under(weights, 'conv_out.'), {
       from: deepest,
       to: 2 * latent_channels,
       kernel: 3,
@@ -288,8 +324,9 @@ class Coder {
 }
 
 /**
- * The autoencoder between images and the latents that are denoised. Where its config says `force_upcast`, f16 cannot hold its
- * activations; bf16 can. Source: `AutoencoderKL` of diffusers.
+ * The autoencoder between images and the latents that are denoised. `force_upcast` in its config says that f16 cannot hold its
+ * activations as they are; with activations of f16 they are scaled then, which changes no result.
+ * Source: `AutoencoderKL` of diffusers.
  */
 export class Vae {
   readonly config: VaeConfig
@@ -397,12 +434,14 @@ export class Vae {
 
 async function loadParts(loader: Loader, weights: Weights, config: VaeConfig, options: { encoder: boolean }) {
   const { latent_channels: channels, use_post_quant_conv, use_quant_conv } = config
+  const gain = loader.activations === 'f16' && config.force_upcast ? F16_GAIN : 1
+  const build: Build = { loader, groups: config.norm_num_groups, gain }
   const conv = (name: string, from: number, to: number, used = to) =>
-    new Conv(loader, under(weights, name), { from, to, kernel: 1, used })
+    new Conv(build, under(weights, name), { from, to, kernel: 1, used })
   return {
     postQuantConv: use_post_quant_conv ? conv('post_quant_conv.', channels, channels) : undefined,
-    decoder: await Coder.decoder(loader, under(weights, 'decoder.'), config),
-    encoder: options.encoder ? await Coder.encoder(loader, under(weights, 'encoder.'), config) : undefined,
+    decoder: await Coder.decoder(build, under(weights, 'decoder.'), config),
+    encoder: options.encoder ? await Coder.encoder(build, under(weights, 'encoder.'), config) : undefined,
     quantConv:
       options.encoder && use_quant_conv
         ? conv('quant_conv.', 2 * channels, 2 * channels, channels)
