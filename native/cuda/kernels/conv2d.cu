@@ -10,6 +10,11 @@
 // both only in small tiles, since such a layer has 36 to 588 columns and its time is that of its bytes: four
 // times the copies are cheaper than writing and reading patches.
 //
+// Each pixel of an image doubled in both directions is seen by two of three taps in either direction: a 3 x 3
+// kernel over it is four 2 x 2 kernels over x itself, one for each parity of an output's row and column
+// (phases), whose weights are sums of up to four weights, rounded once. That is 4 / 9 of the products, for a
+// pass over the weights in every call.
+//
 // At least 2 B OH OW O K FLOP and, in bytes, 2 (B H W C + O K + B OH OW O). A tile of m x n reads M K O (2 /
 // n + 2 / m).
 #include "conv2d.h"
@@ -40,12 +45,12 @@ __device__ __forceinline__ int nearest(int i, const NearestIndex& of) {
 template <int kCopies, int kStep>
 class Patches {
  public:
-  __device__ __forceinline__ Patches(const Conv2dParams& p, int first) {
+  __device__ __forceinline__ Patches(const Conv2dParams& p, int phase, int first) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int m = min(first + i * kStep, p.m - 1), line = m / p.out_width, image = line / p.out_height;
-      x_[i] = (m - line * p.out_width) * p.stride - p.pad;
-      y_[i] = (line - image * p.out_height) * p.stride - p.pad;
+      x_[i] = (m - line * p.out_width) * p.stride - p.pad + phase % 2;
+      y_[i] = (line - image * p.out_height) * p.stride - p.pad + phase / 2;
       image_[i] = image * p.source_height;
     }
   }
@@ -71,8 +76,8 @@ template <TileName kTile>
 class Pieces {
  public:
   static constexpr bool kOneRun = false;
-  __device__ __forceinline__ Pieces(const Conv2dParams& p, int first)
-      : p_(p), patches_(p, first + threadIdx.x / 4) {
+  __device__ __forceinline__ Pieces(const Conv2dParams& p, int phase, int first)
+      : p_(p), patches_(p, phase, first + threadIdx.x / 4) {
     const int row = threadIdx.x / 4, piece = threadIdx.x % 4;
     tap_.channel = piece * 8 - p.run * kBlockK;
     to_ = swizzled<4>(row, piece);
@@ -112,8 +117,8 @@ template <TileName kTile, bool kTogether>
 class Elements {
  public:
   static constexpr bool kOneRun = true;
-  __device__ __forceinline__ Elements(const Conv2dParams& p, int first)
-      : p_(p), patches_(p, first + threadIdx.x / kPairs) {
+  __device__ __forceinline__ Elements(const Conv2dParams& p, int phase, int first)
+      : p_(p), patches_(p, phase, first + threadIdx.x / kPairs) {
     const int row = threadIdx.x / kPairs, pair = threadIdx.x % kPairs;
     tap_.advance(pair * 2, p);
     to_ = swizzled<4>(row, pair / 4) + pair % 4 * 4;
@@ -157,18 +162,58 @@ class Elements {
 
 template <class T, TileName kTile, class Loader>
 __device__ __forceinline__ void convolve(const Conv2dParams& p) {
-  const int others = p.rows_first ? p.row_tiles : p.column_tiles;
-  const int outer = blockIdx.x / others, inner = blockIdx.x - outer * others;
-  const int row_tile = p.rows_first ? inner : outer, column_tile = p.rows_first ? outer : inner;
-  const int first_row = row_tile * kTiles[kTile].m;
-  Loader x(p, first_row);
-  PanelBlocks<kTile, WeightType::half> w(p.w, column_tile * (kTiles[kTile].n / kPanelRows), p.panels,
-                                         p.blocks);
+  const int columns = p.phased ? 4 * p.column_tiles : p.column_tiles;
+  const int inside = p.rows_first ? p.row_tiles : columns;
+  const int outer = blockIdx.x / inside, inner = blockIdx.x - outer * inside;
+  const int first_row = (p.rows_first ? inner : outer) * kTiles[kTile].m;
+  const int column = p.rows_first ? outer : inner, phase = column / p.column_tiles,
+            column_tile = column - phase * p.column_tiles;
+  Loader x(p, phase, first_row);
+  PanelBlocks<kTile, WeightType::half> w(
+      p.w + static_cast<int64_t>(phase) * p.panels * p.blocks * block_bytes(WeightType::half),
+      column_tile * (kTiles[kTile].n / kPanelRows), p.panels, p.blocks);
   Accumulators<kTile> sums;
   multiply<T, WeightType::half, kTile>(sums, x, w, p.blocks, shared_address(shared));
   finish<T, kTile>(p.epilogue, sums, reinterpret_cast<float*>(shared),
-                   first_output<kTile>(p.epilogue, column_tile),
-                   [&](int row) { return first_row + row < p.m ? first_row + row : -1; });
+                   first_output<kTile>(p.epilogue, column_tile), [&](int r) {
+                     const int row = first_row + r;
+                     if (row >= p.m) return -1;
+                     if (!p.phased) return row;
+                     const int line = row / p.out_width;
+                     return ((line + line + phase / 2) * p.out_width + row - line * p.out_width) * 2 +
+                            phase % 2;
+                   });
+}
+
+// A thread has two neighbours of every tap. In either direction, the even phase has the first weight, then
+// the sum of the others; the odd one the sum of the first two, then the last.
+template <class T>
+__device__ __forceinline__ void fold(const FoldParams& p) {
+  const int i = blockIdx.x * kFoldThreads + threadIdx.x, panel = i / p.words, word = i - panel * p.words;
+  if (panel >= p.panels) return;
+  const uint32_t* from = p.w + static_cast<int64_t>(panel) * 9 * p.words + word;
+  float2 lines[4][3];  // phase and tap of the 2 x 2 kernel's rows, columns as they were
+#pragma unroll
+  for (int x = 0; x < 3; ++x) {
+    float2 w[3];
+#pragma unroll
+    for (int y = 0; y < 3; ++y) w[y] = unpack_two<T>(from[(y * 3 + x) * p.words]);
+    lines[0][x] = w[0];
+    lines[1][x] = make_float2(w[1].x + w[2].x, w[1].y + w[2].y);
+    lines[2][x] = make_float2(w[0].x + w[1].x, w[0].y + w[1].y);
+    lines[3][x] = w[2];
+  }
+  const int64_t phase = static_cast<int64_t>(p.panels) * 4 * p.words;
+  uint32_t* to = p.out + static_cast<int64_t>(panel) * 4 * p.words + word;
+#pragma unroll
+  for (int y = 0; y < 4; ++y) {
+    const auto& w = lines[y];
+    uint32_t* even = to + y / 2 * 2 * phase + y % 2 * 2 * p.words;
+    even[0] = pack_two<T>(w[0].x, w[0].y);
+    even[p.words] = pack_two<T>(w[1].x + w[2].x, w[1].y + w[2].y);
+    even[phase] = pack_two<T>(w[0].x + w[1].x, w[0].y + w[1].y);
+    even[phase + p.words] = pack_two<T>(w[2].x, w[2].y);
+  }
 }
 
 using Pairs = Elements<kSmall, true>;
@@ -189,5 +234,12 @@ using Singles = Elements<kSmall, false>;
   CONVOLVE(conv2d_##type##_elements, T, kSmall, Singles, 3)
 CONVOLVE_IN(bf16, __nv_bfloat16)
 CONVOLVE_IN(f16, __half)
+
+#define FOLD(name, T)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(kFoldThreads) name(const __grid_constant__ FoldParams p) { \
+    fold<T>(p);                                                                                           \
+  }
+FOLD(conv2d_bf16_fold, __nv_bfloat16)
+FOLD(conv2d_f16_fold, __half)
 
 }  // namespace mgm::cuda

@@ -28,8 +28,8 @@ struct Conv2dParams {
   int32_t source_height, source_width;  // of x
   uint32_t pixel_bytes;                 // from pixel to pixel
   int32_t height, width;                // of the image convolved
-  int32_t out_height, out_width;
-  int32_t m;  // B * OH * OW
+  int32_t out_height, out_width;        // of each phase
+  int32_t m;                            // rows of the product: B * out_height * out_width
   int32_t panels, blocks;
   int32_t row_tiles, column_tiles;
   // Without padding a row of the kernel is one run in memory: then kernel_w is 1 and channels kw * C.
@@ -37,7 +37,20 @@ struct Conv2dParams {
   int32_t run;  // slices in which no thread comes to another pixel
   int32_t stride, pad;
   bool rows_first;  // row tiles are neighbours in the grid
+  // Four phases, weights one after the other: output (y, x) is (y / 2, x / 2) of phase (y % 2, x % 2), whose
+  // padding is pad - y % 2, pad - x % 2.
+  bool phased;
   Epilogue epilogue;
+};
+
+constexpr int kFoldThreads = 256;
+
+// 3 x 3 weights to those of the four phases, 2 x 2 each.
+struct FoldParams {
+  const uint32_t* w;  // [panels][3][3][words]
+  uint32_t* out;      // [2][2][panels][2][2][words]
+  int32_t panels;
+  int32_t words;  // two elements each: C / kBlockK * 128
 };
 
 }  // namespace mgm::cuda

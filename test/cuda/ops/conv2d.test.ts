@@ -1,4 +1,4 @@
-import { expect, it } from 'vitest'
+import { describe, expect, it } from 'vitest'
 import { type Activation, conv2d } from '../../../lib/ops.ts'
 import { Random } from '../../ops/helpers.ts'
 import { cudaTests, floats, HALVES, type Inputs } from '../helpers.ts'
@@ -232,6 +232,75 @@ cudaTests('conv2d on the GPU', cuda => {
         resize: [1, resized],
       }),
     )
+  })
+
+  // From 64×64 results on, an exact doubling goes over weights that are summed first, and rounded once more.
+  describe('an image twice as large', () => {
+    const doubled: Case = {
+      batch: 2,
+      height: 33,
+      width: 32,
+      channels: 32,
+      outputs: 40,
+      kernel: [3, 3],
+      stride: 1,
+      pad: 1,
+      resize: [66, 64],
+    }
+
+    it.each(HALVES)('is convolved as on the CPU where sums of weights are exact, %s', async dtype => {
+      const random = new Random()
+      const { x, k } = draw(doubled, random)
+      // Sums of four stay below 2^6 of the smallest.
+      const w = Float32Array.from({ length: doubled.outputs * k }, () => random.integer(-15, 15) / 256)
+      const [bias, residual] = [random.normals(2 * 40), random.normals(66 * 64 * 40)]
+      for (const tile of ['large', 'small', 'thin'])
+        await cuda.same({ dtype, limit: limitOf(k), what: `${tile}, seed ${random.seed}` }, t =>
+          withTile(tile, () =>
+            run(
+              t,
+              doubled,
+              { x, w, k },
+              {
+                bias: t.plain(bias, [2, 40]),
+                residual: t.a(residual, [66 * 64, 40]),
+                activation: 'silu',
+              },
+            ),
+          ),
+        )
+    })
+
+    it.each([
+      ['bf16', 2 ** -8],
+      ['f16', 2 ** -11],
+    ] as const)('is convolved within the rounding of those sums, %s', async (dtype, roundoff) => {
+      const random = new Random()
+      const c: Case = { ...doubled, outputs: 4 }
+      const data = draw(c, random)
+      // |Σ x (w + w′ − fl(w + w′))| ≤ roundoff Σ |x| (|w| + |w′|)
+      const sizes = { k: data.k, x: data.x.map(Math.abs), w: data.w.map(Math.abs) }
+      const largest = Math.max(...(await floats(run(cuda.inputs(cuda.cpu, dtype), c, sizes))))
+      const { absolute, relative } = limitOf(data.k)
+      const limit = { absolute: absolute + roundoff * largest, relative }
+      await cuda.same({ dtype, limit, what: `seed ${random.seed}` }, t => run(t, c, data))
+    })
+
+    it('has the same bits in every batch and tile', async () => {
+      const random = new Random()
+      const data = draw(doubled, random)
+      const t = cuda.inputs(cuda.gpu, 'bf16')
+      const x = t.a(data.x, [2, 33, 32, 32])
+      const w = t.packed(data.w, [40, data.k])
+      const all = await floats(withTile('large', () => conv2d(x, w, doubled)))
+      for (const [b, tile] of [
+        [0, 'small'],
+        [1, 'thin'],
+      ] as const) {
+        const one = await floats(withTile(tile, () => conv2d(x.narrow(0, b, 1), w, doubled)))
+        expect(one, `seed ${random.seed}`).toEqual(all.slice(b * one.length, (b + 1) * one.length))
+      }
+    })
   })
 
   it('refuses to resize what its indices cannot reach', () => {
