@@ -13,6 +13,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
 OUT = Path(__file__).resolve().parent.parent / "test" / "fixtures" / "sdxl-unet" / "uneven.safetensors"
+ENTERS_A_STREAM = r"conv_in|conv2|proj_in|proj_out|to_out|net\.2|(shortcut|samplers.*)\.bias"
 IMAGES, TOKENS, POOLED, TIMESTEP = 2, 11, 10, 333.25
 
 torch.manual_seed(5)
@@ -36,10 +37,10 @@ unet = UNet2DConditionModel(
     use_linear_projection=True,
 ).eval()
 for name, parameter in unet.named_parameters():
-    # Norms and biases are not left at ones and zeros. What enters a residual stream is small, so that the epsilon of each
-    # norm shows in the result. Every weight is a number of f16.
-    quiet = 0.01 if re.search(r"conv_in|conv2|proj_in|proj_out|to_out|net\.2|(shortcut|samplers.*)\.bias", name) else 1
-    parameter.data = (quiet * (parameter.data + 0.1 * torch.randn_like(parameter))).half().float()
+    # Norms and biases are not left at ones and zeros. What enters a residual stream is small, so that the epsilon of
+    # each norm shows in the result. Every weight is a number of f16.
+    scale = 0.01 if re.search(ENTERS_A_STREAM, name) else 1
+    parameter.data = (scale * (parameter.data + 0.1 * torch.randn_like(parameter))).half().float()
 
 inputs = {
     "latent": torch.randn(IMAGES, 4, 13, 9),

@@ -6,7 +6,7 @@ import { scope, type Tensor } from '../tensor.ts'
 import { advance, type Loader, type Observe, stackRows, under, type Weights } from './loader.ts'
 import { loadConv, loadLinear, loadNorm, ResnetBlock, type ResnetConfig, SAME } from './resnet-block.ts'
 
-/** What depends on prompt or timestep only, as blocks see it in one step. Images of the batch are N, prompt tokens T. */
+/** What depends on prompt or timestep only, as blocks see it in one step. N images, T tokens of each prompt. */
 export interface StepCondition {
   /** f32 [N, ΣO] time embedding and bias of the first convolution of every ResNet; rows are strided. */
   readonly time: Tensor
@@ -354,7 +354,10 @@ export class DownBlock {
     return new DownBlock(layers, downsampler)
   }
 
-  /** x [N, H, W, in] → [N, ⌈H/2⌉, ⌈W/2⌉, out], or of x's size without a downsampler. Every result goes to `skips`, the last too. */
+  /**
+   * x [N, H, W, in] → [N, ⌈H/2⌉, ⌈W/2⌉, out], or of x's size without a downsampler. The result of each layer goes to
+   * `skips`, the last too.
+   */
   forward(x: Tensor, skips: Tensor[], step: StepCondition, observe?: Observe): Tensor {
     let h = x
     for (const layer of this.layers) {
@@ -416,7 +419,10 @@ export class UpBlock {
     return new UpBlock(layers, upsampler)
   }
 
-  /** x [N, H, W, in] → [N, H', W', out], with the size of the next skip if there is an upsampler. Frees x and the skips it takes. */
+  /**
+   * x [N, H, W, in] → [N, H', W', out]: of the next skip's size if there is an upsampler, else of x's. Frees x and the
+   * skips it takes.
+   */
   forward(x: Tensor, skips: Tensor[], step: StepCondition, observe?: Observe): Tensor {
     let h = x
     for (const layer of this.layers) h = layer.forward(h, step, observe, skips.pop()!)

@@ -39,13 +39,13 @@ export interface UnetInputs {
   timeIds: readonly (readonly number[])[]
   /** What the schedule gives the model at each step. */
   timesteps: readonly number[]
-  /** For each image the guidance scale that a distilled model is to imitate; required if the model has `time_cond_proj`. */
+  /** For each image the guidance scale that a distilled model is to imitate; required if it has `time_cond_proj_dim`. */
   guidance?: readonly number[] | undefined
 }
 
 /**
- * What a request's steps share, computed once by `Unet.condition`: the prompts' keys and values, and the time embeddings
- * of all ResNets for all steps. Belongs to whoever asked for it, until `dispose`.
+ * What a request's steps share, computed once by `Unet.condition`: the prompts' keys and values, and the time
+ * embeddings of all ResNets for all steps. Belongs to whoever asked for it, until `dispose`.
  */
 export class UnetCondition {
   /** N. */
@@ -230,7 +230,10 @@ export class Unet {
     return images * most * (this.loader.activations === 'f32' ? 4 : 2)
   }
 
-  /** latents A [N, h, w, in_channels], scaled as the schedule says → what the model predicts at step `index`, A [N, h, w, out_channels]. */
+  /**
+   * latents A [N, h, w, in_channels], scaled as the schedule says → the prediction at step `index` of the condition,
+   * A [N, h, w, out_channels].
+   */
   forward(latents: Tensor, condition: UnetCondition, index: number, observe?: Observe): Tensor {
     const { w, config } = this
     const { images } = condition

@@ -8,9 +8,10 @@ import { activations, golden, images, openUnet, withInputs } from '../models/une
 import { expectClose } from '../ops/helpers.ts'
 import { cudaTests, floats, HALVES } from './helpers.ts'
 
-// The goldens are f32 results; a half type rounds each number on the way by up to u of it. PyTorch's own halves (diffusers'
-// UNet over these cases, on a CPU) are off by 3.6 u of the largest number of an output or of a block's result, 1.03 u root
-// mean square, in bf16, by 3.2 and 0.87 in f16. Measured here: 4.2 and 0.97 in bf16, 2.7 and 0.77 in f16.
+// The goldens are f32 results; a half type rounds each number on the way by up to u of it. PyTorch's own halves
+// (diffusers' UNet over these cases, on a CPU) are off by 3.6 u of the largest number of an output or of a block's
+// result, 1.03 u root mean square, in bf16, by 3.2 and 0.87 in f16. Measured here: 4.2 and 0.97 in bf16, 2.7 and 0.77
+// in f16.
 const U = { bf16: 2 ** -8, f16: 2 ** -11 }
 const LIMIT = { worst: 5, rms: 1.1 }
 
