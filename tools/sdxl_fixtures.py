@@ -127,6 +127,8 @@ def cases():
     yield run("dpmpp_2m", 20, {}, strength=0.5)
     yield run("ddim", 8, {"set_alpha_to_one": False, "steps_offset": 0})
     yield run("lcm", 4, {"original_inference_steps": 100})
+    # Down to timestep 2, where the latents themselves are a part of what is taken for the image.
+    yield run("lcm", 7, {"num_train_timesteps": 21, "original_inference_steps": 21})
 
 
 def encoded():
