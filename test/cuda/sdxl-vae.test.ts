@@ -15,7 +15,7 @@ import { Random } from '../ops/helpers.ts'
 import { cudaTests, floats, HALVES } from './helpers.ts'
 
 // The goldens are f32 results. In units of a roundoff of the largest number, PyTorch's own bf16 is off by up to 3.5 (decode)
-// and 2.5 (encode), its f16 by 3.3 and 2.8; root mean square 0.4 to 0.7. Seen here: 3.5 and 2.6, 2.2 and 2.3; 0.4 to 0.6.
+// and 2.5 (encode), its f16 by 3.3 and 2.8; root mean square 0.4 to 0.7. Seen here: 3.5 and 2.6, 2.8 and 2.3; 0.4 to 0.6.
 // Small images of noise, which have no PyTorch run beside them: up to 5.2, root mean square 0.9.
 const U = { bf16: 2 ** -8, f16: 2 ** -11 }
 const LIMIT = { worst: 8, rms: 1.3 }
