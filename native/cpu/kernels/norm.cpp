@@ -10,16 +10,6 @@
 namespace mgm::cpu::MGM_ISA {
 namespace {
 
-static inline vf load_up_to(const float* p, int64_t left) {
-  return left >= kWidth ? load(p) : load_n(p, static_cast<int>(left));
-}
-static inline void store_up_to(float* p, vf a, int64_t left) {
-  if (left >= kWidth)
-    store(p, a);
-  else
-    store_n(p, a, static_cast<int>(left));
-}
-
 // to = x + residual (or a copy).
 static void add_rows(const float* x, const float* residual, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i += kWidth) {

@@ -103,6 +103,9 @@ static inline vf load_i8(const int8_t* p) {
 static inline void store_f16(uint16_t* p, vf a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+static inline void store_u8(uint8_t* p, vi a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v));
+}  // the lowest byte of each
 
 #elif defined(__AVX2__)
 
@@ -199,6 +202,11 @@ static inline vf load_i8(const int8_t* p) {
 }
 static inline void store_f16(uint16_t* p, vf a) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline void store_u8(uint8_t* p, vi a) {
+  typedef uint8_t bytes __attribute__((vector_size(8)));
+  const bytes b = __builtin_convertvector((__v8si)a.v, bytes);
+  std::memcpy(p, &b, 8);
 }
 
 #else
@@ -309,6 +317,11 @@ static inline vf load_i8(const int8_t* p) {
 static inline void store_f16(uint16_t* p, vf a) {
   for (int i = 0; i < 4; ++i) p[i] = f32_to_f16(a.v[i]);
 }
+static inline void store_u8(uint8_t* p, vi a) {
+  typedef uint8_t bytes __attribute__((vector_size(4)));
+  const bytes b = __builtin_convertvector(a.v, bytes);
+  std::memcpy(p, &b, 4);
+}
 
 #endif
 
@@ -347,6 +360,17 @@ static inline uint16_t f32_to_f16(float x) {  // round to nearest even, overflow
   }
   const uint32_t r = a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u;
   return static_cast<uint16_t>(sign | (r >> 13));
+}
+
+// load and store, or as much of a vector as is left (at least 1) of a run.
+static inline vf load_up_to(const float* p, int64_t left) {
+  return left >= kWidth ? load(p) : load_n(p, static_cast<int>(left));
+}
+static inline void store_up_to(float* p, vf a, int64_t left) {
+  if (left >= kWidth)
+    store(p, a);
+  else
+    store_n(p, a, static_cast<int>(left));
 }
 
 // e^x to 2 ulp; 0 below -87.34 (no subnormals), +inf above 88.72; NaN stays NaN.
