@@ -22,7 +22,7 @@ MGM_INLINE void copy(float* to, const float* from, int64_t n) {
 // Entries [begin, end) of one kernel row: pixels ix, ix + 1, ... of `line`, a row of the image.
 void fill_run(const Images& images, const float* line, int64_t ix, int64_t begin, int64_t end, float* dst) {
   const int64_t channels = images.channels;
-  if (images.pixel_stride != channels || images.width != images.source_width) {
+  if (images.resized()) {
     for (int64_t at = begin; at < end;) {
       const float* pixel = images.pixel(line, ix + at / channels);
       const int64_t channel = at % channels,
@@ -79,9 +79,14 @@ void conv2d(const Conv2dArgs& args, ThreadPool& pool) {
   g.out = out.f32();
   g.out_stride = out.shape[3];
 
-  const Images images = {x.f32(),    x.strides[0], x.strides[1], x.strides[2], x.shape[1],
-                         x.shape[2], x.shape[3],   args.height,  args.width};
+  const Images images = {x.f32(), x.shape[1], x.shape[2], x.shape[3], args.height, args.width};
   if (suits_winograd(args)) return winograd(args, images, g, pool);
+  if (args.kernel_h == 1 && args.kernel_w == 1 && args.stride == 1 && args.pad_before == 0 &&
+      args.pad_after == 0 && !images.resized()) {
+    g.x = images.x;
+    g.x_stride = images.channels;
+    return gemm(&g, 1, pool);
+  }
   const Patches patches = {images, out.shape[1], out.shape[2], args.kernel_w, args.stride, args.pad_before};
   g.fill = fill_patch;
   g.context = &patches;

@@ -6,20 +6,20 @@ namespace mgm::cpu::MGM_ISA {
 
 // The images that are convolved: x, each resized to height x width by nearest neighbour.
 struct Images {
-  const float* x;
-  int64_t batch_stride, row_stride, pixel_stride;
+  const float* x;  // [B, source_height, source_width, channels]
   int64_t source_height, source_width, channels;
   int64_t height, width;
 
+  MGM_INLINE bool resized() const { return height != source_height || width != source_width; }
   // Row y of image b; null outside of it.
   MGM_INLINE const float* row(int64_t b, int64_t y) const {
     if (y < 0 || y >= height) return nullptr;
-    return x + b * batch_stride + y * source_height / height * row_stride;
+    return x + (b * source_height + y * source_height / height) * source_width * channels;
   }
   // Pixel (., column) of such a row; null outside.
   MGM_INLINE const float* pixel(const float* row, int64_t column) const {
     if (!row || column < 0 || column >= width) return nullptr;
-    return row + column * source_width / width * pixel_stride;
+    return row + column * source_width / width * channels;
   }
 };
 

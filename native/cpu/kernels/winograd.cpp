@@ -6,79 +6,61 @@
 // transformed in every call, a block of output channels at a time: at rest they stay as packed, 4 to 8 times
 // smaller.
 //
-// In each dimension, filter and tile are taken as polynomials at the points 0, +-a, +-b and infinity.
-// Rounding errors grow with the spread of the powers of a and b; 1/sqrt(2) and sqrt(2) keep it lowest (Alam
-// et al. 2022, "Winograd Convolution for Deep Neural Networks: Efficient Point Selection"): about 5 times the
-// error of the direct sum. Numbers pass through with a gain of at most 2^12, so results beyond 2^115 may
-// overflow, and a NaN or infinity spoils all tiles that see it, not only the outputs.
-#include "../simd/math.h"
+// In each dimension, filter and tile are taken as polynomials at the points 0, +-a, +-b and infinity. Points
+// of the form +-c, +-1/c round best (Alam et al. 2022, "Winograd Convolution for Deep Neural Networks:
+// Efficient Point Selection"): the error is about 5 times that of the direct sum, and in proportion to the
+// largest numbers of a tile. (Twice the size by nearest neighbour makes tiles vanish at the point -1, which
+// would leave 25 products; but points with it err three times as much.) The gain on the way is at most 2^12,
+// so what lies beyond 2^115 may overflow; a NaN or infinity spoils all tiles that see it, not only the
+// outputs near it.
 #include "conv2d.h"
 
 namespace mgm::cpu::MGM_ISA {
 namespace {
 
-constexpr int kTile = 4, kInput = 6, kTaps = 3;
+constexpr int kTile = 4, kTaps = 3;
+constexpr int kPoints = kTile + kTaps - 1;  // and inputs of a tile; in the order 0, infinity, b, -b, a, -a
+constexpr double kA = 0.70710678118654752, kB = 1.41421356237309505;
 
-// Order of points: 0, infinity, b, -b, a, -a.
-struct Plain {
-  static constexpr int kPoints = 6;
-  static constexpr float a = 0.70710678f, b = 1.41421356f;
-};
+MGM_INLINE vf constant(double x) {
+  return set1(static_cast<float>(x));
+}
 
-// An image of twice the size holds pairs of equal pixels, and a tile that starts with the second of a pair is
-// zero at the point -1, whatever the image: 25 products remain.
-struct Doubled {
-  static constexpr int kPoints = 5;
-  static constexpr float a = 1.0f, b = 2.0f;
-};
-
-// v = B^T d. Elements lie `step` apart in both.
-template <class P>
-MGM_INLINE void input_points(const vf* d, vf* v, int step) {
-  constexpr float a = P::a, b = P::b;
-  const vf d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
-  const vf sum = set1(a * a + b * b), product = set1(a * a * b * b);
-  v[0] = fma(product, d[0], fnma(sum, d2, d4));
-  v[step] = fma(product, d1, fnma(sum, d3, d[5 * step]));
-  const vf even_b = fnma(set1(a * a), d2, d4), odd_b = fnma(set1(a * a), d1, d3);
-  v[2 * step] = fma(set1(b), odd_b, even_b);
-  v[3 * step] = fnma(set1(b), odd_b, even_b);
-  const vf even_a = fnma(set1(b * b), d2, d4), odd_a = fnma(set1(b * b), d1, d3);
-  v[4 * step] = fma(set1(a), odd_a, even_a);
-  if constexpr (P::kPoints == 6) v[5 * step] = fnma(set1(a), odd_a, even_a);
+// v = B^T d
+MGM_INLINE void input_points(const vf* d, vf* v) {
+  const vf sum = constant(kA * kA + kB * kB), product = constant(kA * kA * kB * kB);
+  v[0] = fma(product, d[0], fnma(sum, d[2], d[4]));
+  v[1] = fma(product, d[1], fnma(sum, d[3], d[5]));
+  const vf even_b = fnma(constant(kA * kA), d[2], d[4]), odd_b = fnma(constant(kA * kA), d[1], d[3]);
+  v[2] = fma(constant(kB), odd_b, even_b);
+  v[3] = fnma(constant(kB), odd_b, even_b);
+  const vf even_a = fnma(constant(kB * kB), d[2], d[4]), odd_a = fnma(constant(kB * kB), d[1], d[3]);
+  v[4] = fma(constant(kA), odd_a, even_a);
+  v[5] = fnma(constant(kA), odd_a, even_a);
 }
 
 // u = G g
-template <class P>
-MGM_INLINE void filter_points(const vf* g, vf* u, int step) {
-  constexpr float a = P::a, b = P::b;
-  constexpr float of_a = 1.0f / (2.0f * a * a * (a * a - b * b)),
-                  of_b = 1.0f / (2.0f * b * b * (b * b - a * a));
-  const vf g1 = g[step], g2 = g[2 * step];
-  u[0] = g[0] * set1(1.0f / (a * a * b * b));
-  u[step] = g2;
-  const vf even_b = fma(set1(b * b), g2, g[0]) * set1(of_b), odd_b = g1 * set1(b * of_b);
-  u[2 * step] = even_b + odd_b;
-  u[3 * step] = even_b - odd_b;
-  const vf even_a = fma(set1(a * a), g2, g[0]) * set1(of_a), odd_a = g1 * set1(a * of_a);
-  u[4 * step] = even_a + odd_a;
-  if constexpr (P::kPoints == 6) u[5 * step] = even_a - odd_a;
+MGM_INLINE void filter_points(const vf* g, vf* u) {
+  constexpr double of_a = 1 / (2 * kA * kA * (kA * kA - kB * kB)),
+                   of_b = 1 / (2 * kB * kB * (kB * kB - kA * kA));
+  u[0] = g[0] * constant(1 / (kA * kA * kB * kB));
+  u[1] = g[2];
+  const vf even_b = fma(constant(kB * kB), g[2], g[0]) * constant(of_b), odd_b = g[1] * constant(kB * of_b);
+  u[2] = even_b + odd_b;
+  u[3] = even_b - odd_b;
+  const vf even_a = fma(constant(kA * kA), g[2], g[0]) * constant(of_a), odd_a = g[1] * constant(kA * of_a);
+  u[4] = even_a + odd_a;
+  u[5] = even_a - odd_a;
 }
 
 // y = A^T m
-template <class P>
-MGM_INLINE void output_pixels(const vf* m, vf* y, int step) {
-  constexpr float a = P::a, b = P::b;
-  const vf even_b = m[2 * step] + m[3 * step], odd_b = m[2 * step] - m[3 * step];
-  vf even_a = m[4 * step], odd_a = even_a;
-  if constexpr (P::kPoints == 6) {
-    even_a = even_a + m[5 * step];
-    odd_a = odd_a - m[5 * step];
-  }
+MGM_INLINE void output_pixels(const vf* m, vf* y) {
+  const vf even_b = m[2] + m[3], odd_b = m[2] - m[3];
+  const vf even_a = m[4] + m[5], odd_a = m[4] - m[5];
   y[0] = m[0] + even_a + even_b;
-  y[step] = fma(set1(a), odd_a, set1(b) * odd_b);
-  y[2 * step] = fma(set1(a * a), even_a, set1(b * b) * even_b);
-  y[3 * step] = fma(set1(a * a * a), odd_a, fma(set1(b * b * b), odd_b, m[step]));
+  y[1] = fma(constant(kA), odd_a, constant(kB) * odd_b);
+  y[2] = fma(constant(kA * kA), even_a, constant(kB * kB) * even_b);
+  y[3] = fma(constant(kA * kA * kA), odd_a, fma(constant(kB * kB * kB), odd_b, m[1]));
 }
 
 // How a convolution is cut: tiles of all images in chunks, output channels in blocks, so that what lies
@@ -101,9 +83,7 @@ struct Work {
 };
 
 // A panel's channels c .. c + 31 at all points.
-template <class P>
 void transform_filters(const Work& w, int64_t panel, int64_t c) {
-  constexpr int n = P::kPoints;
   alignas(64) float converted[kTaps * kTaps][kQuantBlock * kPanel];
   const float* taps[kTaps * kTaps];
   const uint8_t* packed =
@@ -112,51 +92,51 @@ void transform_filters(const Work& w, int64_t panel, int64_t c) {
     taps[t] = weights_of(w.conv, packed, t * w.channels + c, kQuantBlock, converted[t]);
   float* to = w.filters + (panel * w.channels + c) * kPanel;
   for (int i = 0; i < kQuantBlock * kPanel; i += kWidth) {
-    vf g[kTaps * kTaps], half[n * kTaps];
-    for (int t = 0; t < kTaps * kTaps; ++t) g[t] = load(taps[t] + i);
-    for (int x = 0; x < kTaps; ++x) filter_points<P>(g + x, half + x, kTaps);
-    for (int y = 0; y < n; ++y) {
-      vf row[n];
-      filter_points<P>(half + y * kTaps, row, 1);
-      for (int x = 0; x < n; ++x) store(to + (y * n + x) * w.filter_step + i, row[x]);
+    vf half[kPoints * kTaps];
+    for (int x = 0; x < kTaps; ++x) {
+      vf g[kTaps], u[kPoints];
+      for (int y = 0; y < kTaps; ++y) g[y] = load(taps[y * kTaps + x] + i);
+      filter_points(g, u);
+      for (int y = 0; y < kPoints; ++y) half[y * kTaps + x] = u[y];
+    }
+    for (int y = 0; y < kPoints; ++y) {
+      vf u[kPoints];
+      filter_points(half + y * kTaps, u);
+      for (int x = 0; x < kPoints; ++x) store(to + (y * kPoints + x) * w.filter_step + i, u[x]);
     }
   }
 }
 
-template <class P>
 void transform_input(const Work& w, int64_t index, const float* zeros) {
-  constexpr int n = P::kPoints;
-  const int64_t tile = w.tile + index, b = tile / (w.down * w.across);
+  const int64_t tile = w.tile + index, image = tile / (w.down * w.across);
   const int64_t y0 = tile / w.across % w.down * kTile - w.pad, x0 = tile % w.across * kTile - w.pad;
-  const float* pixels[kInput * kInput];
-  for (int y = 0; y < kInput; ++y) {
-    const float* row = w.images.row(b, y0 + y);
-    for (int x = 0; x < kInput; ++x) {
+  const float* pixels[kPoints * kPoints];
+  for (int y = 0; y < kPoints; ++y) {
+    const float* row = w.images.row(image, y0 + y);
+    for (int x = 0; x < kPoints; ++x) {
       const float* pixel = w.images.pixel(row, x0 + x);
-      pixels[y * kInput + x] = pixel ? pixel : zeros;
+      pixels[y * kPoints + x] = pixel ? pixel : zeros;
     }
   }
   float* to = w.inputs + index * w.channels;
   for (int64_t c = 0; c < w.channels; c += kWidth) {
-    vf half[n * kInput];
-    for (int x = 0; x < kInput; ++x) {
-      vf d[kInput], v[n];
-      for (int y = 0; y < kInput; ++y) d[y] = load(pixels[y * kInput + x] + c);
-      input_points<P>(d, v, 1);
-      for (int y = 0; y < n; ++y) half[y * kInput + x] = v[y];
+    vf half[kPoints * kPoints];
+    for (int x = 0; x < kPoints; ++x) {
+      vf d[kPoints], v[kPoints];
+      for (int y = 0; y < kPoints; ++y) d[y] = load(pixels[y * kPoints + x] + c);
+      input_points(d, v);
+      for (int y = 0; y < kPoints; ++y) half[y * kPoints + x] = v[y];
     }
-    for (int y = 0; y < n; ++y) {
-      vf v[n];
-      input_points<P>(half + y * kInput, v, 1);
-      for (int x = 0; x < n; ++x) store(to + (y * n + x) * w.input_step + c, v[x]);
+    for (int y = 0; y < kPoints; ++y) {
+      vf v[kPoints];
+      input_points(half + y * kPoints, v);
+      for (int x = 0; x < kPoints; ++x) store(to + (y * kPoints + x) * w.input_step + c, v[x]);
     }
   }
 }
 
-template <class P>
 void transform_product(const Work& w, int64_t index) {
-  constexpr int n = P::kPoints;
-  const int64_t tile = w.tile + index, b = tile / (w.down * w.across);
+  const int64_t tile = w.tile + index, image = tile / (w.down * w.across);
   const int64_t y0 = tile / w.across % w.down * kTile, x0 = tile % w.across * kTile;
   const int64_t high = w.out_height - y0 < kTile ? w.out_height - y0 : kTile,
                 wide = w.out_width - x0 < kTile ? w.out_width - x0 : kTile;
@@ -165,39 +145,56 @@ void transform_product(const Work& w, int64_t index) {
     float sums[kTile * kTile * kPanel];
     for (int64_t j = 0; j < kPanel && o + j < w.outputs; j += kWidth) {
       const int left = w.outputs - o - j < kWidth ? static_cast<int>(w.outputs - o - j) : kWidth;
-      vf half[kTile * n];
-      for (int x = 0; x < n; ++x) {
-        vf m[n], y[kTile];
-        for (int i = 0; i < n; ++i) {
-          const float* p = from + (i * n + x) * w.product_step + o + j;
+      vf half[kTile * kPoints];
+      for (int x = 0; x < kPoints; ++x) {
+        vf m[kPoints], y[kTile];
+        for (int i = 0; i < kPoints; ++i) {
+          const float* p = from + (i * kPoints + x) * w.product_step + o + j;
           m[i] = left == kWidth ? load(p) : load_n(p, left);
         }
-        output_pixels<P>(m, y, 1);
-        for (int i = 0; i < kTile; ++i) half[i * n + x] = y[i];
+        output_pixels(m, y);
+        for (int i = 0; i < kTile; ++i) half[i * kPoints + x] = y[i];
       }
       for (int i = 0; i < kTile; ++i) {
         vf y[kTile];
-        output_pixels<P>(half + i * n, y, 1);
+        output_pixels(half + i * kPoints, y);
         for (int x = 0; x < kTile; ++x) store(sums + (i * kTile + x) * kPanel + j, y[x]);
       }
     }
     for (int64_t y = 0; y < high; ++y)
-      epilogue(w.conv, sums + y * kTile * kPanel, nullptr, ((b * w.out_height) + y0 + y) * w.out_width + x0,
+      epilogue(w.conv, sums + y * kTile * kPanel, nullptr, (image * w.out_height + y0 + y) * w.out_width + x0,
                static_cast<int>(wide), w.panel * kPanel + o);
   }
 }
 
-constexpr size_t kFilterBytes = size_t{40} << 20, kChunkBytes = size_t{64} << 20;
+// Larger blocks keep the products' rows of filters long; smaller chunks find more in the last cache.
+constexpr int64_t kFilterBytes = int64_t{40} << 20, kChunkBytes = int64_t{64} << 20;
 
 MGM_INLINE int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-template <class P>
-void run(Work& w, int64_t all_tiles, int64_t all_panels, ThreadPool& pool) {
-  constexpr int64_t points = P::kPoints * P::kPoints, line = 64 / sizeof(float);
+}  // namespace
+
+bool suits_winograd(const Conv2dArgs& args) {
+  const int64_t tiles = ceil_div(args.out.shape[1], kTile) * ceil_div(args.out.shape[2], kTile);
+  return args.kernel_h == kTaps && args.kernel_w == kTaps && args.stride == 1 &&
+         args.x.shape[3] % kQuantBlock == 0 && args.out.shape[3] >= 32 && tiles >= 32;
+}
+
+void winograd(const Conv2dArgs& args, const Images& images, const Gemm& conv, ThreadPool& pool) {
+  const View& out = args.out;
+  Work w = {images, conv};
+  w.pad = args.pad_before;
+  w.out_height = out.shape[1];
+  w.out_width = out.shape[2];
+  w.down = ceil_div(w.out_height, kTile);
+  w.across = ceil_div(w.out_width, kTile);
+  w.channels = images.channels;
+  const int64_t all_tiles = out.shape[0] * w.down * w.across, all_panels = ceil_div(conv.n, kPanel);
+
+  constexpr int64_t points = kPoints * kPoints, line = 64 / sizeof(float);
   const int64_t panel_floats = w.channels * kPanel;
-  // Equal blocks of about kFilterBytes, equal chunks of about kChunkBytes.
   const int64_t blocks = ceil_div(all_panels * panel_floats * points * 4, kFilterBytes);
   const int64_t block = ceil_div(all_panels, blocks);
   const int64_t chunks = ceil_div(all_tiles * (w.channels + block * kPanel) * points * 4, kChunkBytes);
@@ -220,13 +217,13 @@ void run(Work& w, int64_t all_tiles, int64_t all_panels, ThreadPool& pool) {
     w.outputs = left < w.panels * kPanel ? left : w.panels * kPanel;
     const int64_t parts = w.channels / kQuantBlock;
     pool.parallel_for(w.panels * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) transform_filters<P>(w, i / parts, i % parts * kQuantBlock);
+      for (int64_t i = begin; i < end; ++i) transform_filters(w, i / parts, i % parts * kQuantBlock);
     });
     for (w.tile = 0; w.tile < all_tiles; w.tile += chunk) {
       w.tiles = all_tiles - w.tile < chunk ? all_tiles - w.tile : chunk;
       if (w.panel == 0 || chunk < all_tiles)
         pool.parallel_for(w.tiles, 4, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) transform_input<P>(w, i, zeros);
+          for (int64_t i = begin; i < end; ++i) transform_input(w, i, zeros);
         });
       Gemm products[points];
       for (int64_t p = 0; p < points; ++p) {
@@ -242,36 +239,10 @@ void run(Work& w, int64_t all_tiles, int64_t all_panels, ThreadPool& pool) {
       }
       gemm(products, points, pool);
       pool.parallel_for(w.tiles, 4, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) transform_product<P>(w, i);
+        for (int64_t i = begin; i < end; ++i) transform_product(w, i);
       });
     }
   }
-}
-
-}  // namespace
-
-bool suits_winograd(const Conv2dArgs& args) {
-  const int64_t tiles = ceil_div(args.out.shape[1], kTile) * ceil_div(args.out.shape[2], kTile);
-  return args.kernel_h == kTaps && args.kernel_w == kTaps && args.stride == 1 &&
-         args.x.shape[3] % kQuantBlock == 0 && args.out.shape[3] >= 32 && tiles >= 32;
-}
-
-void winograd(const Conv2dArgs& args, const Images& images, const Gemm& conv, ThreadPool& pool) {
-  const View& out = args.out;
-  Work w = {images, conv};
-  w.pad = args.pad_before;
-  w.out_height = out.shape[1];
-  w.out_width = out.shape[2];
-  w.down = ceil_div(w.out_height, kTile);
-  w.across = ceil_div(w.out_width, kTile);
-  w.channels = images.channels;
-  const int64_t tiles = out.shape[0] * w.down * w.across, panels = ceil_div(conv.n, kPanel);
-  const bool doubled = images.height == 2 * images.source_height && images.width == 2 * images.source_width &&
-                       args.pad_before % 2 == 1;
-  if (doubled)
-    run<Doubled>(w, tiles, panels, pool);
-  else
-    run<Plain>(w, tiles, panels, pool);
 }
 
 }  // namespace mgm::cpu::MGM_ISA
