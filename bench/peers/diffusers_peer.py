@@ -62,11 +62,11 @@ with torch.inference_mode():
     def seconds(memory_format):
         model.to(memory_format=memory_format)
         x = latents.to(memory_format=memory_format)
-        forward(x)
         begin = time.perf_counter()
         forward(x)
         return time.perf_counter() - begin
 
+    forward(latents)
     layouts = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
     label = min(layouts, key=lambda name: seconds(layouts[name]))
     model.to(memory_format=layouts[label])
