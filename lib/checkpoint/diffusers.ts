@@ -97,9 +97,11 @@ const indexSchema = z.object({
   requires_aesthetics_score: flag(false),
 })
 
-/** The class of each component, as `model_index.json` names it. */
+/** What `model_index.json` says; the classes of the other components are always the same. */
 export interface PipelineIndex {
+  /** Class of the pipeline. */
   readonly pipeline: string
+  /** Class of the scheduler. */
   readonly scheduler: string
   readonly forceZerosForEmptyPrompt: boolean
 }

@@ -205,6 +205,20 @@ describe('openDiffusion', () => {
     expect(unet.weights.byteLength).toBe(whole.byteLength)
   })
 
+  test('reads PyTorch archives where there is no safetensors file, of the variant first', () => {
+    const folder = copy()
+    const archive = join(FIXTURES, 'torch-archive/parameters.bin')
+    const files = () => openDiffusion(folder).files.map(file => basename(file))
+    for (const name of ['pytorch_model.bin', 'pytorch_model.fp16.bin'])
+      cpSync(archive, join(folder, 'text_encoder', name))
+    expect(files()).toContain('model.fp16.safetensors')
+    rmSync(join(folder, 'text_encoder/model.fp16.safetensors'))
+    expect(files()[0]).toBe('pytorch_model.fp16.bin')
+    expect(openDiffusion(folder).textEncoders[0].weights.has('0.weight')).toBe(true)
+    rmSync(join(folder, 'text_encoder/pytorch_model.fp16.bin'))
+    expect(files()[0]).toBe('pytorch_model.bin')
+  })
+
   test("gives a VAE's attention today's names and shapes", () => {
     const folder = copy()
     const today = openDiffusion(folder).vae.weights
@@ -532,6 +546,26 @@ describe('configs of diffusers', () => {
     expect(failure(() => parse({ ...json(`${part}/config.json`), [key]: value }, 'c'))).toBe(
       `CHECKPOINT_INVALID: ${message}`,
     )
+  })
+
+  const parsers = [
+    [
+      'scheduler/scheduler_config.json',
+      (json: unknown, file: string) => parseSchedulerConfig(json, file, 'LCMScheduler'),
+    ],
+    ['text_encoder/config.json', parseClipTextConfig],
+    ['unet/config.json', parseUnetConfig],
+    ['vae/config.json', parseVaeConfig],
+  ] as const
+  test.each(parsers)('answers junk in %s with its own errors only', (file, parse) => {
+    const junk = [null, -1, 0, 0.5, 1e300, '', 'x', [], {}, [[1, 2], [3]], [0, 0, 0], ['x', null], true]
+    const known = json(file)
+    const whole = [
+      ...junk,
+      ...Object.keys(known).flatMap(key => junk.map(value => ({ ...known, [key]: value }))),
+    ]
+    const answers = whole.map(value => failure(() => parse(value, file)).replace(/:.*/s, ''))
+    expect([...new Set(answers)].sort()).toEqual(['CHECKPOINT_INVALID', 'CHECKPOINT_UNSUPPORTED', 'no error'])
   })
 
   test.each([
