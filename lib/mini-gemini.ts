@@ -1,25 +1,78 @@
 import { availableParallelism } from 'node:os'
 import { basename } from 'node:path'
+import { type DiffusionCheckpoint, openDiffusion } from './checkpoint/diffusers.ts'
 import { type ResolveOptions, resolveCheckpoint } from './checkpoint/hub.ts'
 import { type Checkpoint, openCheckpoint, readMgmConfig } from './checkpoint/weights.ts'
 import { Device } from './device.ts'
 import type { Answer } from './engine/answer.ts'
 import { Engine, type EngineMetrics, type EngineRequest } from './engine/engine.ts'
+import { follow } from './engine/follow.ts'
+import type { ImageStep, ImageTimings } from './engine/image-queue.ts'
 import { availableMemory, placeLayers, planPages, weightBytes } from './engine/memory.ts'
 import { PictureReader } from './engine/pictures.ts'
 import { randomSeed } from './engine/sampler.ts'
 import { expected, MgmError, throwIfAborted } from './errors.ts'
 import { KvCache } from './models/decoder.ts'
+import type { LoadProgress } from './models/loader.ts'
 import { activationsOn, kvDtypeFor, MgmModel } from './models/mgm.ts'
+import type { Schedule } from './models/schedulers.ts'
+import { Sdxl, type Truncated } from './models/sdxl.ts'
 import { native } from './native.ts'
 import { type ConversationName, conversationFor } from './processing/conversation.ts'
+import { encodeImage, type ImageFormat, readCanvas } from './processing/encode.ts'
 import { type ImageInput, ImageProcessor } from './processing/image.ts'
+import { imagePromptOf, type MissingPrompt, NEGATIVE_PROMPT } from './processing/image-prompt.ts'
 import { buildPrompt, type Message, tokenizePrompt } from './processing/prompt.ts'
 import { loadTokenizer, type Tokenizer, type TokenizerFamily } from './processing/tokenizer.ts'
-import { type ChatRequest, type LoadOptions, parseChatRequest, parseLoadOptions } from './request.ts'
+import {
+  type ChatRequest,
+  type DrawOptions,
+  type GenerateRequest,
+  type ImagineRequest,
+  type LoadOptions,
+  parseChatRequest,
+  parseGenerateRequest,
+  parseImagineRequest,
+  parseLoadOptions,
+} from './request.ts'
 
 /** What `stream` yields: text as it becomes certain, at last the whole answer. */
 export type StreamEvent = { type: 'text'; delta: string } | { type: 'done'; answer: Answer }
+
+export interface GeneratedImage {
+  /** A file of the asked format; of 'raw' RGB bytes [height, width, 3]. */
+  readonly data: Uint8Array
+  readonly format: ImageFormat
+  readonly width: number
+  readonly height: number
+  /** Draws this very image again. */
+  readonly seed: number | bigint
+  readonly timings: ImageTimings
+}
+
+export interface ImagineResult {
+  readonly prompt: string
+  readonly images: readonly GeneratedImage[]
+  /** What the caller should know, such as a prompt that was cut. */
+  readonly warnings: readonly string[]
+}
+
+export interface GenerateResult extends Omit<ImagineResult, 'prompt'> {
+  /** Everything that the model said. */
+  readonly text: string
+  /** What was drawn; null if the text holds no prompt, and then there are no images. */
+  readonly prompt: string | null
+  /** Why there is no prompt. */
+  readonly reason?: MissingPrompt
+  readonly answer: Answer
+}
+
+/** What `streamGenerate` yields: the text, what is drawn, each step, at last everything. */
+export type GenerateEvent =
+  | { type: 'text'; delta: string }
+  | { type: 'prompt'; prompt: string }
+  | ({ type: 'step' } & ImageStep)
+  | { type: 'done'; result: GenerateResult }
 
 /** One request's outcome in a batch. */
 export type BatchResult = { ok: true; answer: Answer } | { ok: false; error: MgmError }
@@ -41,7 +94,9 @@ export interface ModelInfo {
   /** Longest sequence, prompt, pictures and answer together. */
   readonly maxContext: number
   readonly tokensPerImage: number
-  /** Bytes of the weights on the device. */
+  /** Folder of the image generator, and the side of its images in pixels; null where none is loaded. */
+  readonly diffusion: { readonly checkpoint: string; readonly size: number } | null
+  /** Bytes of the weights on the device, the image generator's included. */
   readonly weightBytes: number
   readonly threads: number
   /** Instruction set of the CPU kernels. */
@@ -51,6 +106,11 @@ export interface ModelInfo {
 const PAGE_SIZE = 16
 const DEFAULT_MAX_TOKENS = 512
 const DEFAULT_TOKEN_BUDGET = 512
+// Of `StableDiffusionXLPipeline` and `StableDiffusionXLImg2ImgPipeline`.
+const DEFAULT_STEPS = 50
+const DEFAULT_GUIDANCE = 5
+const DEFAULT_STRENGTH = 0.3
+const DEFAULT_MAX_IMAGES = 4
 const MIB = 2 ** 20
 
 const TOKENIZER_OF: Record<Checkpoint['config']['family'], TokenizerFamily> = {
@@ -76,6 +136,7 @@ export class MiniGemini {
   readonly info: ModelInfo
   readonly #devices: readonly Device[]
   readonly #model: MgmModel
+  readonly #sdxl: Sdxl | undefined
   readonly #tokenizer: Tokenizer
   readonly #engine: Engine
   readonly #pictures: PictureReader
@@ -86,6 +147,7 @@ export class MiniGemini {
     notes: readonly string[]
     info: ModelInfo
     model: MgmModel
+    sdxl: Sdxl | undefined
     tokenizer: Tokenizer
     engine: Engine
     pictures: PictureReader
@@ -95,6 +157,7 @@ export class MiniGemini {
     this.info = parts.info
     this.#devices = parts.devices
     this.#model = parts.model
+    this.#sdxl = parts.sdxl
     this.#tokenizer = parts.tokenizer
     this.#engine = parts.engine
     this.#pictures = parts.pictures
@@ -116,6 +179,8 @@ export class MiniGemini {
     throwIfAborted(signal)
 
     const opened = await openFiles(checkpoint, checked)
+    const diffusion =
+      checked.diffusion === undefined ? undefined : await openDiffusionFiles(checked.diffusion, checked)
     const { config, preprocessor } = opened
     const tokenizer = await loadTokenizer(opened.folder, {
       family: TOKENIZER_OF[config.family],
@@ -128,6 +193,7 @@ export class MiniGemini {
     throwIfAborted(signal)
 
     const maxSequences = checked.maxSequences ?? 8
+    const maxImages = checked.maxImages ?? DEFAULT_MAX_IMAGES
     const tokenBudget = Math.max(checked.tokenBudget ?? DEFAULT_TOKEN_BUDGET, maxSequences + 1)
     const visionBatch = visionBatchFor(config.image_size_aux)
     const maxContext = Math.min(
@@ -135,10 +201,14 @@ export class MiniGemini {
       config.max_position_embeddings,
       config.sliding_window ?? Number.POSITIVE_INFINITY,
     )
+    const totalBytes = opened.totalBytes + (diffusion?.totalBytes ?? 0)
+    const progressFrom = (before: number) => (event: LoadProgress) =>
+      checked.onProgress?.({ ...event, loaded: before + event.loaded, total: totalBytes })
     const notes: string[] = []
     const devices = openDevices(checked, notes)
     const device = devices[0]!
     let model: MgmModel | undefined
+    let sdxl: Sdxl | undefined
     try {
       const activations = activationsOn(device.name, opened, checked.dtype)
       const kvDtype = kvDtypeFor(activations, checked.kvDtype)
@@ -175,11 +245,18 @@ export class MiniGemini {
         kvDtype,
         layerDevices: placed.map(index => devices[index]!),
         vocabSize: tokenizer.size,
-        onProgress: checked.onProgress,
+        onProgress: progressFrom(0),
         signal,
       })
       throwIfAborted(signal)
-      const engine = new Engine(device, model, tokenizer, {
+      if (diffusion)
+        sdxl = await Sdxl.load(device, diffusion, {
+          dtype: checked.dtype,
+          activations,
+          onProgress: progressFrom(opened.totalBytes),
+          signal,
+        })
+      const engineOptions = {
         pages,
         pageSize: PAGE_SIZE,
         tokenBudget,
@@ -188,7 +265,9 @@ export class MiniGemini {
         visionBatch,
         visionCacheBytes: checked.visionCacheBytes ?? 256 * MIB,
         decodeGraphs: (checked.decodeGraphs ?? true) && !onCpu && devices.length === 1,
-      })
+        maxImages,
+      }
+      const engine = new Engine(device, model, tokenizer, engineOptions, sdxl)
       const processor = new ImageProcessor({
         size: config.image_size_aux,
         mean: preprocessor.image_mean,
@@ -204,17 +283,20 @@ export class MiniGemini {
           conversation: conversationFor(config),
           maxContext: model.maxContext,
           tokensPerImage: model.tokensPerImage,
-          weightBytes: model.byteLength,
+          diffusion: sdxl ? { checkpoint: sdxl.checkpoint.folder, size: sdxl.defaultSize } : null,
+          weightBytes: model.byteLength + (sdxl?.byteLength ?? 0),
           threads: device.threads,
           isa: device.isa,
         },
         model,
+        sdxl,
         tokenizer,
         engine,
         pictures: new PictureReader(processor, Math.min(4, availableParallelism())),
       })
     } catch (error) {
       model?.dispose()
+      sdxl?.dispose()
       for (const one of devices) await one.close()
       throw error
     }
@@ -231,52 +313,54 @@ export class MiniGemini {
   }
 
   /** `chat`, with the text as it comes; the deltas joined are `answer.text`. Leaving the loop aborts the request. */
-  async *stream(request: ChatRequest): AsyncGenerator<StreamEvent, void, undefined> {
-    const controller = new AbortController()
-    let text = ''
-    let wake: () => void = () => {}
-    const prepared = this.#prepare(request)
-    const forward = () => controller.abort(prepared.signal?.reason)
-    if (prepared.signal?.aborted) forward()
-    prepared.signal?.addEventListener('abort', forward, { once: true })
-    const onText = (delta: string) => {
-      text += delta
-      wake()
-    }
-    let outcome: { answer?: Answer; error?: unknown } | undefined
-    const running = this.#engine
-      .generate({ ...prepared, signal: controller.signal, onText })
-      .then(
-        answer => {
-          outcome = { answer }
-        },
-        (error: unknown) => {
-          outcome = { error }
-        },
-      )
-      .then(() => wake())
-    try {
-      while (true) {
-        if (text !== '') {
-          // A slow reader gets what has come meanwhile in one piece.
-          const delta = text
-          text = ''
-          yield { type: 'text', delta }
-        } else if (outcome) {
-          if (!outcome.answer) throw outcome.error
-          yield { type: 'done', answer: outcome.answer }
-          return
-        } else {
-          await new Promise<void>(resolve => {
-            wake = resolve
-          })
-        }
-      }
-    } finally {
-      prepared.signal?.removeEventListener('abort', forward)
-      controller.abort()
-      await running
-    }
+  stream(request: ChatRequest): AsyncGenerator<StreamEvent, void, undefined> {
+    const prepare = () => this.#prepare(request)
+    return follow<StreamEvent>(
+      request?.signal,
+      async (emit, signal) => {
+        const onText = (delta: string) => emit({ type: 'text', delta })
+        return { type: 'done', answer: await this.#engine.generate({ ...prepare(), signal, onText }) }
+      },
+      mergeText,
+    )
+  }
+
+  /**
+   * Lets the model write a prompt (` <GEN>` behind the last user message) and draws it. An answer that holds no prompt is
+   * no error: `prompt` is null, and `reason` says why. (MGM paper, section 3.4; mgm/serve/cli.py)
+   *
+   * @throws MgmError as `chat` and `imagine`
+   */
+  async generate(request: GenerateRequest): Promise<GenerateResult> {
+    return this.#generate(request, {})
+  }
+
+  /** `generate`, with text and steps as they come. Leaving the loop aborts the request. */
+  streamGenerate(request: GenerateRequest): AsyncGenerator<GenerateEvent, void, undefined> {
+    return follow<GenerateEvent>(
+      request?.signal,
+      async (emit, signal) => {
+        const result = await this.#generate(request, {
+          signal,
+          onText: delta => emit({ type: 'text', delta }),
+          onPrompt: prompt => emit({ type: 'prompt', prompt }),
+          onStep: step => emit({ type: 'step', ...step }),
+        })
+        return { type: 'done', result }
+      },
+      mergeText,
+    )
+  }
+
+  /**
+   * Draws a prompt with SDXL.
+   *
+   * @throws MgmError INVALID_ARGUMENT, UNSUPPORTED (no `diffusion` was loaded), IMAGE_INVALID, DOWNLOAD_FAILED, OUT_OF_MEMORY,
+   *   NUMERIC, QUEUE_FULL, ABORTED, CLOSED; other requests go on as if nothing had been
+   */
+  async imagine(request: ImagineRequest): Promise<ImagineResult> {
+    const { prompt, ...options } = parseImagineRequest(request)
+    return { prompt, ...(await this.#draw(prompt, options)) }
   }
 
   /** Answers many requests; results in the order of the requests, each an answer or an error. */
@@ -324,6 +408,7 @@ export class MiniGemini {
   async #close(): Promise<void> {
     await this.#engine.close()
     this.#model.dispose()
+    this.#sdxl?.dispose()
     for (const device of this.#devices) await device.close()
   }
 
@@ -348,6 +433,111 @@ export class MiniGemini {
     } catch (error) {
       if (error instanceof MgmError) return { ok: false, error }
       throw error
+    }
+  }
+
+  async #generate(
+    value: GenerateRequest,
+    watch: {
+      signal?: AbortSignal
+      onText?: (delta: string) => void
+      onPrompt?: (prompt: string) => void
+      onStep?: (step: ImageStep) => void
+    },
+  ): Promise<GenerateResult> {
+    const request = parseGenerateRequest(value)
+    const { messages, negativePrompt, width, height, steps, guidance, sampler, karras, ...rest } = request
+    const { count, image, strength, format, quality, previews, onStep, ...chat } = rest
+    const signal = watch.signal ?? request.signal
+    const draw = { negativePrompt, width, height, steps, guidance, sampler, karras, seed: request.seed }
+    const options = { ...draw, count, image, strength, format, quality, previews, signal }
+    // Before the model speaks, so that a mistake costs nothing.
+    this.#generator(options)
+    const prepared = this.#prepare({ ...chat, messages, gen: true })
+    const answer = await this.#engine.generate({ ...prepared, signal, onText: watch.onText })
+    const found = imagePromptOf(answer.text)
+    const said = { text: answer.text, answer }
+    if (found.prompt === null)
+      return { ...said, prompt: null, reason: found.reason, images: [], warnings: [] }
+    watch.onPrompt?.(found.prompt)
+    const watching = (step: ImageStep) => {
+      watch.onStep?.(step)
+      onStep?.(step)
+    }
+    const watched = onStep !== undefined || watch.onStep !== undefined
+    const drawn = await this.#draw(found.prompt, { ...options, ...(watched && { onStep: watching }) })
+    return { ...said, prompt: found.prompt, ...drawn }
+  }
+
+  /** The image generator, with the schedule of a request. */
+  #generator(options: DrawOptions): {
+    sdxl: Sdxl
+    schedule: Schedule
+    steps: number
+    strength: number | undefined
+  } {
+    if (this.#closing) throw new MgmError('CLOSED', 'the model is closed')
+    const sdxl = this.#sdxl
+    if (!sdxl)
+      throw new MgmError(
+        'UNSUPPORTED',
+        'expected a model with an image generator but none was loaded: give load() the option diffusion',
+      )
+    const { steps = DEFAULT_STEPS, sampler, karras } = options
+    const strength = options.image === undefined ? undefined : (options.strength ?? DEFAULT_STRENGTH)
+    return { sdxl, schedule: sdxl.schedule({ steps, sampler, karras, strength }), steps, strength }
+  }
+
+  async #draw(prompt: string, options: DrawOptions): Promise<Omit<ImagineResult, 'prompt'>> {
+    const { sdxl, schedule, steps, strength } = this.#generator(options)
+    const { signal, count = 1, format = 'png', guidance = DEFAULT_GUIDANCE, previews = false } = options
+    throwIfAborted(signal)
+    const canvas =
+      options.image === undefined
+        ? undefined
+        : await readCanvas(
+            options.image,
+            { width: options.width, height: options.height, step: sdxl.scale },
+            { signal },
+          )
+    const { width = sdxl.defaultSize, height = sdxl.defaultSize } = canvas ?? options
+    if (previews && options.onStep) await sdxl.preparePreviews()
+    const guided = guidance > 1
+    const first = options.seed ?? Math.floor(Math.random() * 2 ** 48)
+    const seeds = Array.from({ length: count }, (_, i) => seedAfter(first, i))
+    const negativePrompt = options.negativePrompt === undefined ? NEGATIVE_PROMPT : options.negativePrompt
+    const images = await this.#engine.draw({
+      plan: { width, height, schedule, guided },
+      key: JSON.stringify([width, height, guided, steps, options.sampler, options.karras, strength]),
+      items: seeds.map(seed => ({
+        prompt,
+        negativePrompt,
+        guidance,
+        seed: BigInt(seed),
+        image: canvas?.pixels,
+      })),
+      previews,
+      onStep: options.onStep,
+      signal,
+    })
+    return {
+      images: await Promise.all(
+        images.map(async ({ timings, ...image }, i) => ({
+          data: await encodeImage(image, format, options.quality),
+          format,
+          width,
+          height,
+          seed: seeds[i]!,
+          timings,
+        })),
+      ),
+      warnings: [
+        ...cutWarning('prompt', sdxl.truncated(prompt)),
+        // MGM's own is longer than the encoders take, and known to be.
+        ...(guided && typeof options.negativePrompt === 'string'
+          ? cutWarning('negativePrompt', sdxl.truncated(options.negativePrompt))
+          : []),
+      ],
     }
   }
 
@@ -400,17 +590,29 @@ export class MiniGemini {
   }
 }
 
+/** Text deltas are joined, and a step makes those before it old news. */
+function mergeText<E extends { type: string; delta?: string }>(last: E, next: E): E | undefined {
+  return last.type === 'text' && next.type === 'text'
+    ? { ...last, delta: last.delta! + next.delta! }
+    : undefined
+}
+
+function seedAfter(seed: number | bigint, i: number): number | bigint {
+  if (typeof seed === 'number' && Number.isSafeInteger(seed + i)) return seed + i
+  return BigInt.asUintN(64, BigInt(seed) + BigInt(i))
+}
+
+function cutWarning(name: string, [first, second]: Truncated): string[] {
+  const cut = first || second
+  return cut === ''
+    ? []
+    : [`the ${name} is longer than the text encoders take: ${JSON.stringify(cut)} was left out`]
+}
+
 /** Finds the checkpoint and its towers, downloading what was named by hub id, and reads all headers. */
 async function openFiles(checkpoint: string, options: LoadOptions): Promise<Checkpoint> {
   const { signal } = options
-  const shared: ResolveOptions = {
-    cacheDir: options.cacheDir,
-    token: options.token,
-    endpoint: options.endpoint,
-    offline: options.offline,
-    onProgress: options.onProgress,
-    signal,
-  }
+  const shared = hubOptions(options)
   const folder = await resolveCheckpoint(checkpoint, { ...shared, revision: options.revision })
   const config = readMgmConfig(folder)
   const tower = async (given: string | undefined, configured: string | null) => {
@@ -426,6 +628,17 @@ async function openFiles(checkpoint: string, options: LoadOptions): Promise<Chec
     ...(visionTower !== undefined && { visionTower }),
     ...(visionTowerAux !== undefined && { visionTowerAux }),
   })
+}
+
+/** Finds the image generator, downloading it if it was named by hub id, and reads all headers. */
+async function openDiffusionFiles(source: string, options: LoadOptions): Promise<DiffusionCheckpoint> {
+  const folder = await resolveCheckpoint(source, hubOptions(options))
+  throwIfAborted(options.signal)
+  return openDiffusion(folder)
+}
+
+function hubOptions({ cacheDir, token, endpoint, offline, onProgress, signal }: LoadOptions): ResolveOptions {
+  return { cacheDir, token, endpoint, offline, onProgress, signal }
 }
 
 /**

@@ -1,6 +1,9 @@
 import * as z from 'zod'
+import { SAMPLERS, type Sampler } from './checkpoint/diffusers.ts'
+import type { ImageStep } from './engine/image-queue.ts'
 import { describe, expected, MgmError } from './errors.ts'
 import { conversations } from './processing/conversation.ts'
+import { IMAGE_FORMATS, type ImageFormat } from './processing/encode.ts'
 
 /** A picture: a path, a file:, https: or data: URL, or the bytes of an image file. */
 export type ImageSource = string | URL | Uint8Array
@@ -61,7 +64,18 @@ const message = object({
 
 const SEED_WORDS = words('an integer of 64 bits')
 
-const chatRequest = object({
+const seed = z.union(
+  [
+    z.int(SEED_WORDS),
+    z
+      .bigint(SEED_WORDS)
+      .min(-(2n ** 63n), SEED_WORDS)
+      .lt(2n ** 64n, SEED_WORDS),
+  ],
+  SEED_WORDS,
+)
+
+const chatShape = {
   messages: z
     .array(message, words('a non-empty array of messages'))
     .min(1, words('a non-empty array of messages')),
@@ -77,18 +91,7 @@ const chatRequest = object({
   repetitionPenalty: number(0.01, 100).optional(),
   presencePenalty: number(-100, 100).optional(),
   frequencyPenalty: number(-100, 100).optional(),
-  seed: z
-    .union(
-      [
-        z.int(SEED_WORDS),
-        z
-          .bigint(SEED_WORDS)
-          .min(-(2n ** 63n), SEED_WORDS)
-          .lt(2n ** 64n, SEED_WORDS),
-      ],
-      SEED_WORDS,
-    )
-    .optional(),
+  seed: seed.optional(),
   stop: z
     .union(
       [string(), z.array(string()).max(64, words('at most 64 strings'))],
@@ -98,7 +101,31 @@ const chatRequest = object({
   stopTokenIds: z.array(integer(0), words('an array of token ids')).optional(),
   logprobs: integer(0, 20).optional(),
   signal: signal.optional(),
-})
+}
+const chatRequest = object(chatShape)
+
+const side = integer(8, 8192).multipleOf(8, words('a multiple of 8 from 8 to 8192'))
+const drawShape = {
+  negativePrompt: z.string().nullable().optional(),
+  width: side.optional(),
+  height: side.optional(),
+  steps: integer(1, 1000).optional(),
+  guidance: number(0, 100).optional(),
+  sampler: oneOf(SAMPLERS).optional(),
+  karras: boolean.optional(),
+  seed: seed.optional(),
+  count: integer(1, 64).optional(),
+  image: image.optional(),
+  strength: number(0, 1).gt(0, words('a number above 0, up to 1')).optional(),
+  format: oneOf(IMAGE_FORMATS).optional(),
+  quality: integer(1, 100).optional(),
+  previews: boolean.optional(),
+  onStep: callback<(step: ImageStep) => void>().optional(),
+  signal: signal.optional(),
+}
+const imagineRequest = object({ prompt: string(), ...drawShape })
+const { gen: _, ...chatWithoutGen } = chatShape
+const generateRequest = object({ ...chatWithoutGen, ...drawShape })
 
 /** A conversation to be continued, and how. Plain JSON apart from image bytes and the signal. */
 export interface ChatRequest {
@@ -150,6 +177,49 @@ export interface ChatMessage {
   gen?: boolean | undefined
 }
 
+/** How images are drawn. Source of the defaults: MGM's use of `StableDiffusionXLPipeline`. */
+export interface DrawOptions {
+  /** What the images shall not show. Default: MGM's own; null: nothing, which is not the same as ''. */
+  negativePrompt?: string | null | undefined
+  /** Pixels, multiples of 8. Default: what the model was trained for (SDXL: 1024), or the size of `image`. */
+  width?: number | undefined
+  height?: number | undefined
+  /** Default 50. */
+  steps?: number | undefined
+  /** Weight of the prompt (classifier-free guidance), default 5. 1 or less: the negative prompt is not used, at half the work. */
+  guidance?: number | undefined
+  /** Default: the checkpoint's own (SDXL: 'euler'). */
+  sampler?: Sampler | undefined
+  /** Noise levels spaced as Karras et al. (2022), for 'euler' and 'dpmpp_2m'. Default: the checkpoint's own. */
+  karras?: boolean | undefined
+  /** 64 bits; image i is drawn from seed + i. Equal seeds give equal images, whatever is drawn beside them. Default: random. */
+  seed?: number | bigint | undefined
+  /** Default 1. */
+  count?: number | undefined
+  /** A picture to start from (image-to-image). */
+  image?: ImageSource | undefined
+  /** How far to depart from `image`: the share of the steps that are taken, above 0, up to 1. Default 0.3. */
+  strength?: number | undefined
+  /** Of `GeneratedImage.data`. Default 'png'. */
+  format?: ImageFormat | undefined
+  /** Of JPEG and WebP, 1 to 100. Default 90. */
+  quality?: number | undefined
+  /** Whether each `ImageStep` holds a small picture of what is to come. */
+  previews?: boolean | undefined
+  /** After each step of each image. */
+  onStep?: ((step: ImageStep) => void) | undefined
+  signal?: AbortSignal | undefined
+}
+
+/** Images of a prompt. */
+export interface ImagineRequest extends DrawOptions {
+  /** At most 75 tokens; what is longer is cut, with a warning. */
+  prompt: string
+}
+
+/** A conversation whose answer says what to draw. `seed` serves both. */
+export interface GenerateRequest extends Omit<ChatRequest, 'gen'>, DrawOptions {}
+
 /** Download: bytes of a file. Load: bytes of all weights brought to the device. */
 export type ProgressEvent =
   | { phase: 'download'; file: string; loaded: number; total: number }
@@ -159,7 +229,8 @@ const loadOptions = object({
   device: string().optional(),
   deviceMap: z.literal('auto', words("'auto'")).optional(),
   decodeGraphs: boolean.optional(),
-  diffusion: z.unknown().optional(),
+  diffusion: string().optional(),
+  maxImages: integer(1, 64).optional(),
   dtype: oneOf(['f32', 'bf16', 'f16']).optional(),
   quantize: oneOf(['int8', 'int4']).optional(),
   kvDtype: oneOf(['f32', 'bf16', 'f16']).optional(),
@@ -188,8 +259,10 @@ export interface LoadOptions {
   deviceMap?: 'auto' | undefined
   /** Whether decode steps on a GPU are recorded as graphs and replayed. Default true; never over several GPUs. */
   decodeGraphs?: boolean | undefined
-  /** The image generator: not in this version. */
-  diffusion?: unknown
+  /** Folder or hub id of an SDXL checkpoint in diffusers' layout, for `generate` and `imagine`. Default: none. */
+  diffusion?: string | undefined
+  /** Most images denoised together. Default 4. */
+  maxImages?: number | undefined
   /**
    * Storage of weight matrices. Default: as the checkpoint stores them. On a GPU bf16 or f16, which is also what it
    * computes in; default the decoder's own, or bf16.
@@ -232,15 +305,25 @@ export function parseChatRequest(value: unknown): ChatRequest {
   return parse(chatRequest, value, 'request')
 }
 
-/** Checks load options. Throws INVALID_ARGUMENT, or UNSUPPORTED for what this version does not do. */
+/** Checks a request for images. Throws INVALID_ARGUMENT. */
+export function parseImagineRequest(value: unknown): ImagineRequest {
+  return checkStrength(parse(imagineRequest, value, 'request'))
+}
+
+/** Checks a request for an answer and its images. Throws INVALID_ARGUMENT. */
+export function parseGenerateRequest(value: unknown): GenerateRequest {
+  return checkStrength(parse(generateRequest, value, 'request'))
+}
+
+function checkStrength<T extends DrawOptions>(request: T): T {
+  if (request.strength !== undefined && request.image === undefined)
+    throw expected('an image to start from', 'strength', request.strength)
+  return request
+}
+
+/** Checks load options. Throws INVALID_ARGUMENT. */
 export function parseLoadOptions(value: unknown): LoadOptions {
-  const options = parse(loadOptions, value, 'options')
-  if (options.diffusion !== undefined)
-    throw new MgmError(
-      'UNSUPPORTED',
-      'image generation is not in this version: expected no diffusion in options',
-    )
-  return options
+  return parse(loadOptions, value, 'options')
 }
 
 function parse<T>(schema: z.ZodType<T>, value: unknown, name: string): T {

@@ -1,10 +1,9 @@
-import { statSync } from 'node:fs'
 import { createInterface, type Interface } from 'node:readline'
 import type { Answer } from '../engine/answer.ts'
 import { MgmError } from '../errors.ts'
 import { MiniGemini } from '../mini-gemini.ts'
 import type { ChatMessage, ChatRequest, LoadOptions } from '../request.ts'
-import { EXIT, errorText, exitCodeOf, Interrupts, LoadProgress } from './terminal.ts'
+import { checkImage, EXIT, errorText, exitCodeOf, Interrupts, LoadProgress, printable } from './terminal.ts'
 
 export interface ChatCommand {
   checkpoint: string
@@ -26,7 +25,7 @@ const HELP = `/image <file or URL>  adds a picture to the next question (all pic
 
 /** Loads a checkpoint, then answers `--prompt`, or each line of stdin. Returns the exit code. */
 export async function chat(command: ChatCommand): Promise<number> {
-  for (const image of command.images) checkImage(image)
+  for (const image of command.images) checkImage(image, '--image')
   let running: AbortController | undefined = new AbortController()
   const progress = new LoadProgress(!command.quiet && process.stderr.isTTY === true)
   const interrupts = new Interrupts(
@@ -99,7 +98,7 @@ async function converse(
       } else if (name === '/image' && rest.length > 0) {
         try {
           const image = text.slice(name.length).trim()
-          checkImage(image)
+          checkImage(image, '/image')
           pictures.push(image)
         } catch (error) {
           process.stderr.write(`${errorText(error, command.verbose)}\n`)
@@ -152,12 +151,6 @@ async function answer(mgm: MiniGemini, command: ChatCommand, request: ChatReques
   return done
 }
 
-/** A model may write anything; what would steer a terminal (escape sequences) is not passed on to one. */
-function printable(text: string): string {
-  // biome-ignore lint/suspicious/noControlCharactersInRegex: these are the ones meant
-  return process.stdout.isTTY ? text.replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f]/g, '\uFFFD') : text
-}
-
 /** One line about an answer: tokens, speed and the time of each stage. */
 export function statistics({ usage, timings, finishReason }: Answer): string {
   const ms = (value: number): string => `${value.toFixed(value < 10 ? 1 : 0)} ms`
@@ -178,14 +171,4 @@ function userMessage(images: readonly string[], text: string): ChatMessage {
     role: 'user',
     content: [...images.map(image => ({ type: 'image' as const, image })), { type: 'text' as const, text }],
   }
-}
-
-/** Fails before a long load over a mistyped file name. */
-function checkImage(image: string): void {
-  if (/^(https?|data|file):/.test(image)) return
-  if (statSync(image, { throwIfNoEntry: false })?.isFile() !== true)
-    throw new MgmError(
-      'IMAGE_INVALID',
-      `expected a picture file or an https: or data: URL for --image but received ${JSON.stringify(image)}, which is no file`,
-    )
 }

@@ -1,3 +1,4 @@
+import { statSync } from 'node:fs'
 import cliProgress from 'cli-progress'
 import { formatBytes } from '../engine/memory.ts'
 import { MgmError } from '../errors.ts'
@@ -118,4 +119,20 @@ export class Interrupts {
   stop(): void {
     process.off('SIGINT', this.press)
   }
+}
+
+/** A model may write anything; what would steer a terminal (escape sequences) is not passed on to one. */
+export function printable(text: string): string {
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: these are the ones meant
+  return process.stdout.isTTY ? text.replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f]/g, '\uFFFD') : text
+}
+
+/** Fails before a long load over a mistyped file name. */
+export function checkImage(image: string, name: string): void {
+  if (/^(https?|data|file):/.test(image)) return
+  if (statSync(image, { throwIfNoEntry: false })?.isFile() !== true)
+    throw new MgmError(
+      'IMAGE_INVALID',
+      `expected a picture file or an https: or data: URL for ${name} but received ${JSON.stringify(image)}, which is no file`,
+    )
 }

@@ -7,6 +7,13 @@ import type { Tensor } from '../tensor.ts'
 import { type Answer, AnswerBuilder, type Timings } from './answer.ts'
 import { BlockManager } from './block-manager.ts'
 import { Gate } from './gate.ts'
+import {
+  type FinishedImage,
+  type ImageMetrics,
+  type ImageModel,
+  ImageQueue,
+  type ImageRequest,
+} from './image-queue.ts'
 import { ModelRunner, type RunnableSequence, type RunnerModel } from './runner.ts'
 import type { Drawn, Sampling } from './sampler.ts'
 import { Scheduler, type StepItem } from './scheduler.ts'
@@ -37,6 +44,8 @@ export interface EngineOptions {
   visionCacheBytes: number
   /** Whether decode steps are recorded once and replayed. Default false. */
   decodeGraphs?: boolean
+  /** Most images denoised together. Default 1. */
+  maxImages?: number
 }
 
 /** A request as the engine takes it: everything checked, the prompt tokenized. */
@@ -66,6 +75,8 @@ export interface EngineMetrics {
     readonly bytes: number
   }
   readonly visionCache: { readonly bytes: number; readonly hits: number; readonly misses: number }
+  /** Null where no image generator is loaded. */
+  readonly images: ImageMetrics | null
   /** Since the engine started. */
   readonly steps: number
   readonly preemptions: number
@@ -132,14 +143,22 @@ export class Engine {
   readonly #scheduler: Scheduler<Generation>
   readonly #runner: ModelRunner
   readonly #vision: VisionEncoder
+  readonly #images: ImageQueue | undefined
   /** Only requests inside hold pixels and embeddings, so that a long queue costs no memory. */
   readonly #gate: Gate
   readonly #jobs = new Map<Job, Promise<Answer>>()
+  readonly #drawings = new Map<AbortController, Promise<FinishedImage[]>>()
   #loop: Promise<void> | undefined
   #closing: Promise<void> | undefined
   readonly #counts = { steps: 0, finished: 0, failed: 0, promptTokens: 0, completionTokens: 0 }
 
-  constructor(device: Device, model: EngineModel, tokenizer: Tokenizer, options: EngineOptions) {
+  constructor(
+    device: Device,
+    model: EngineModel,
+    tokenizer: Tokenizer,
+    options: EngineOptions,
+    imageModel?: ImageModel,
+  ) {
     this.options = { ...options }
     this.#model = model
     this.#tokenizer = tokenizer
@@ -151,6 +170,12 @@ export class Engine {
       cacheBytes: options.visionCacheBytes,
       onWork: () => this.#wake(),
     })
+    if (imageModel)
+      this.#images = new ImageQueue(device, imageModel, {
+        maxImages: options.maxImages ?? 1,
+        maxQueue: options.maxQueue,
+        onWork: () => this.#wake(),
+      })
     this.#cache = model.newCache(options.pages, options.pageSize)
     this.#runner = new ModelRunner(
       device,
@@ -170,6 +195,18 @@ export class Engine {
     return answer
   }
 
+  /** Draws images, in turns with the text of other requests. Throws UNSUPPORTED where no image generator is loaded. */
+  draw(
+    request: Omit<ImageRequest, 'signal'> & { signal?: AbortSignal | undefined },
+  ): Promise<FinishedImage[]> {
+    const controller = new AbortController()
+    const drawing = this.#draw({ ...request, signal: controller.signal }, controller, request.signal)
+    this.#drawings.set(controller, drawing)
+    const forget = () => this.#drawings.delete(controller)
+    drawing.then(forget, forget)
+    return drawing
+  }
+
   get metrics(): EngineMetrics {
     const running = this.#scheduler.running.length
     return {
@@ -186,6 +223,7 @@ export class Engine {
         hits: this.#vision.hits,
         misses: this.#vision.misses,
       },
+      images: this.#images?.metrics ?? null,
       preemptions: this.#scheduler.preemptions,
       ...this.#counts,
     }
@@ -198,20 +236,21 @@ export class Engine {
   }
 
   async #close(): Promise<void> {
-    const answers = [...this.#jobs.values()]
-    for (const job of this.#jobs.keys())
-      job.controller.abort(new MgmError('CLOSED', 'the model was closed while the request ran'))
-    await Promise.allSettled(answers)
+    const open = [...this.#jobs.values(), ...this.#drawings.values()]
+    const controllers = [...[...this.#jobs.keys()].map(job => job.controller), ...this.#drawings.keys()]
+    for (const controller of controllers)
+      controller.abort(new MgmError('CLOSED', 'the model was closed while the request ran'))
+    await Promise.allSettled(open)
     await this.#loop
     this.#vision.dispose()
+    this.#images?.dispose()
     this.#runner.dispose()
     this.#cache.dispose()
   }
 
   async #run(job: Job): Promise<Answer> {
     const { request, controller } = job
-    const onAbort = () =>
-      controller.abort(new MgmError('ABORTED', 'the request was aborted', { cause: request.signal?.reason }))
+    const onAbort = () => controller.abort(aborted(request.signal))
     try {
       this.#checkOpen()
       if (request.signal?.aborted) onAbort()
@@ -227,6 +266,30 @@ export class Engine {
         this.#scheduler.remove(job.generation)
         job.generation.embeds.dispose()
       }
+    }
+  }
+
+  async #draw(
+    request: ImageRequest,
+    controller: AbortController,
+    outer: AbortSignal | undefined,
+  ): Promise<FinishedImage[]> {
+    const onAbort = () => controller.abort(aborted(outer))
+    try {
+      if (this.#closing) throw new MgmError('CLOSED', 'the model is closed')
+      if (!this.#images)
+        throw new MgmError(
+          'UNSUPPORTED',
+          'expected a model with an image generator but none was loaded: give load() the option diffusion',
+        )
+      if (outer?.aborted) onAbort()
+      request.signal.throwIfAborted()
+      outer?.addEventListener('abort', onAbort, { once: true })
+      return await this.#images.draw(request)
+    } catch (error) {
+      throw request.signal.aborted ? request.signal.reason : asMgmError(error)
+    } finally {
+      outer?.removeEventListener('abort', onAbort)
     }
   }
 
@@ -316,17 +379,27 @@ export class Engine {
   }
 
   get #hasWork(): boolean {
-    return this.#vision.hasWork || !this.#scheduler.isIdle
+    return this.#vision.hasWork || !this.#scheduler.isIdle || (this.#images?.hasWork ?? false)
   }
 
   async #work(): Promise<void> {
     // Requests that arrive in the same turn of the event loop share the first step.
     await setImmediate()
     // In turns, so that neither pictures nor text wait for the other to run dry.
+    let imageTime = 0
+    let textTime = 0
     while (this.#hasWork) {
+      const start = performance.now()
       if (this.#vision.hasWork) await this.#vision.step()
       const items = this.#scheduler.schedule()
       if (items.length > 0) await this.#step(items)
+      const end = performance.now()
+      textTime += end - start
+      // A UNet call may take as long as a hundred steps of text: each side gets the time that the other one took.
+      if (!this.#images?.hasWork || (textTime < imageTime && !this.#scheduler.isIdle)) continue
+      await this.#images.step()
+      imageTime = performance.now() - end
+      textTime = 0
     }
   }
 
@@ -407,6 +480,10 @@ async function all<T>(promises: readonly Promise<T>[]): Promise<T[]> {
     if (result.status === 'rejected') throw result.reason
     return result.value
   })
+}
+
+function aborted(signal: AbortSignal | undefined): MgmError {
+  return new MgmError('ABORTED', 'the request was aborted', { cause: signal?.reason })
 }
 
 function asMgmError(error: unknown): MgmError {

@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs'
 import { freemem } from 'node:os'
 import { join } from 'node:path'
+import { type DiffusionCheckpoint, textIgnored, vaeIgnored } from '../checkpoint/diffusers.ts'
 import type { Checkpoint } from '../checkpoint/weights.ts'
 import { CONVNEXT_IGNORED, clipIgnored, languageIgnored } from '../checkpoint/weights.ts'
 import { MgmError } from '../errors.ts'
@@ -81,16 +82,36 @@ export function weightBytes(
   for (const { map, ignored, quantize } of parts) {
     for (const { name, dtype, shape } of map.entries()) {
       if (ignored.some(pattern => pattern.test(name))) continue
-      const size = shape.reduce((a, b) => a * b, 1)
-      const stored = dtype === 'bf16' || dtype === 'f16' ? dtype : 'f32'
-      const type = shape.length < 2 ? 'f32' : (quantize ?? options.dtype ?? stored)
-      const bytes = (size * BITS[type]) / 8
+      const bytes = bytesAs(dtype, shape, quantize ?? options.dtype)
       total += bytes
       const layer = map === checkpoint.language ? /^model\.layers\.(\d+)\./.exec(name)?.[1] : undefined
       if (layer !== undefined && Number(layer) < layers.length) layers[Number(layer)]! += bytes
     }
   }
   return { total, layers }
+}
+
+/** Bytes of an image generator's weights in the device's form, by the same rules as `Sdxl.load`. */
+export function diffusionBytes(checkpoint: DiffusionCheckpoint, dtype?: 'f32' | 'bf16' | 'f16'): number {
+  const { textEncoders, unet, vae } = checkpoint
+  const parts = [
+    ...textEncoders.map(files => ({ map: files.weights, ignored: textIgnored(files) })),
+    { map: unet.weights, ignored: [] },
+    { map: vae.weights, ignored: vaeIgnored({ encoder: true }) },
+  ]
+  let total = 0
+  for (const { map, ignored } of parts)
+    for (const entry of map.entries())
+      if (!ignored.some(pattern => pattern.test(entry.name)))
+        total += bytesAs(entry.dtype, entry.shape, dtype)
+  return total
+}
+
+/** Bytes of a tensor once loaded: vectors as f32, matrices as `type`, or as they are stored. */
+function bytesAs(dtype: string, shape: readonly number[], type: keyof typeof BITS | undefined): number {
+  const size = shape.reduce((a, b) => a * b, 1)
+  const stored = dtype === 'bf16' || dtype === 'f16' ? dtype : 'f32'
+  return (size * BITS[shape.length < 2 ? 'f32' : (type ?? stored)]) / 8
 }
 
 /**

@@ -67,9 +67,9 @@ export class Loader {
     this.#options = options
   }
 
-  /** A loader for another device, whose progress, end and tensors are a part of this one's. */
-  beside(device: Device): Loader {
-    const loader = new Loader(device, this.#options, this.#counts)
+  /** A loader for another device or type of activations, whose progress, end and tensors are a part of this one's. */
+  beside(device: Device, activations = this.activations): Loader {
+    const loader = new Loader(device, { ...this.#options, activations }, this.#counts)
     this.#beside.push(loader)
     return loader
   }

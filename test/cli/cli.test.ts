@@ -10,6 +10,7 @@ const root = join(dirname(fileURLToPath(import.meta.url)), '..', '..')
 const fixture = join(root, 'test', 'fixtures', 'mgm-gemma-tiny')
 const checkpoint = join(fixture, 'MGM-2B')
 const picture = join(fixture, 'images', 'a_land.png')
+const sdxl = join(root, 'test', 'fixtures', 'sdxl-tiny', 'pipeline')
 const { samples } = JSON.parse(readFileSync(join(fixture, 'samples.json'), 'utf8'))
 const single = samples.find((sample: { name: string }) => sample.name === 'single')
 
@@ -59,8 +60,9 @@ describe('mgm', () => {
   it('explains itself, with examples', async () => {
     const { code, stdout } = await mgm(['--help'])
     expect(code).toBe(0)
-    for (const text of ['chat', 'info', 'doctor', 'Examples:', 'Exit codes']) expect(stdout).toContain(text)
-    for (const name of ['chat', 'info', 'doctor']) {
+    for (const text of ['chat', 'generate', 'info', 'doctor', 'Examples:', 'Exit codes'])
+      expect(stdout).toContain(text)
+    for (const name of ['chat', 'generate', 'info', 'doctor']) {
       const help = await mgm([name, '--help'])
       expect(help.code).toBe(0)
       expect(help.stdout).toMatch(new RegExp(`Usage: mgm ${name}[^]*Examples:\\n  \\$ mgm ${name}`))
@@ -75,6 +77,8 @@ describe('mgm', () => {
       ['chat', checkpoint, '--quantize', 'int3'],
       ['chat', checkpoint, '--memory-limit', 'lots'],
       ['info'],
+      ['generate', checkpoint, '-p', 'no generator'],
+      ['generate', checkpoint, '-p', 'x', '--diffusion', sdxl, '--sampler', 'best'],
     ]) {
       const { code, stdout, stderr } = await mgm(args)
       expect({ args, code, stdout }).toEqual({ args, code: 2, stdout: '' })
@@ -310,5 +314,66 @@ describe('mgm doctor', () => {
     const found = JSON.parse(stdout)
     expect(found.addon.error).toContain('mmx')
     expect(found.backend.name).toBe(null)
+  })
+})
+
+describe('mgm generate', () => {
+  const quick = ['--diffusion', sdxl, '--width', '48', '--height', '40', '--steps', '2', '--device', 'cpu']
+  const draw = (...args: string[]) => mgm(['generate', checkpoint, ...quick, ...args])
+
+  it('draws a prompt into files, the same for a seed', async () => {
+    const first = await draw('--direct', '-p', 'two boats', '--seed', '5', '--count', '2', '-o', 'boats.png')
+    expect(first).toMatchObject({ code: 0, stdout: '' })
+    expect(first.stderr).toMatch(
+      /^\[boats\.png: 48 x 40, seed 5, [\d.]+ s\]\n\[boats-2\.png: 48 x 40, seed 6, [\d.]+ s\]\n$/,
+    )
+    const again = await draw('--direct', '-p', 'two boats', '--seed', '6', '-o', 'again.png', '--quiet')
+    expect(again).toEqual({ code: 0, stdout: '', stderr: '' })
+    const [boat, second] = ['again.png', 'boats-2.png'].map(name => readFileSync(join(folder, name)))
+    expect(boat!.subarray(1, 4).toString()).toBe('PNG')
+    expect(Buffer.compare(boat!, second!)).toBe(0)
+  })
+
+  it('says when the answer holds no prompt', async () => {
+    const { code, stdout, stderr } = await draw(
+      '-i',
+      picture,
+      '-p',
+      single.turns[0],
+      '-n',
+      '8',
+      '-o',
+      'none.webp',
+    )
+    expect(code).toBe(1)
+    expect(stdout).not.toBe('')
+    expect(stderr).toBe('mgm: the answer holds no prompt between <h> and </h> (missing); nothing was drawn\n')
+    expect(readdirSync(folder)).not.toContain('none.webp')
+  })
+
+  it('prints JSON with --json', async () => {
+    const { code, stdout } = await draw('--direct', '-p', 'a', '--seed', '1', '-o', 'a.jpg', '--json')
+    expect(code).toBe(0)
+    const { images } = JSON.parse(stdout)
+    expect(images).toMatchObject([{ file: 'a.jpg', format: 'jpeg', width: 48, height: 40, seed: '1' }])
+  })
+
+  it('refuses before it loads anything', async () => {
+    const cases: [string[], string][] = [
+      [
+        ['-p', 'a', '-o', 'a.bmp'],
+        'expected a file name ending in .png, .jpg or .webp for --output but received "a.bmp"',
+      ],
+      [['-p', 'a', '-o', 'nowhere/a.png'], 'expected a file in a folder that exists for --output'],
+      [
+        ['-p', 'a', '--init-image', 'nothing.png'],
+        'for --init-image but received "nothing.png", which is no file',
+      ],
+    ]
+    for (const [args, message] of cases) {
+      const { code, stderr } = await draw(...args)
+      expect(code).toBeGreaterThan(0)
+      expect(stderr).toContain(message)
+    }
   })
 })

@@ -74,7 +74,7 @@ describe('loading', () => {
 
   it('says what this version does not do', async () => {
     expect((await load(vicuna.folder, { deviceMap: 'auto', device: 'cpu' })).code).toBe('INVALID_ARGUMENT')
-    expect((await load(vicuna.folder, { diffusion: 'stabilityai/sdxl' })).code).toBe('UNSUPPORTED')
+    expect((await load(vicuna.folder, { diffusion: vicuna.folder })).code).toBe('CHECKPOINT_INVALID')
     expect(await load(vicuna.folder, { device: 'cuda:1' })).toMatchObject({
       code: 'DEVICE_UNAVAILABLE',
       message: expect.stringContaining('"cuda:1"'),

@@ -7,3 +7,13 @@ export function failure(action: () => unknown): string {
   }
   return 'no error'
 }
+
+/** What a promise rejects with. */
+export async function reasonOf(promise: Promise<unknown>): Promise<unknown> {
+  try {
+    await promise
+  } catch (error) {
+    return error
+  }
+  return 'no error'
+}
