@@ -104,6 +104,7 @@ void conv2d(Queue& queue, const Conv2dArgs& args) {
   p.pad = conv.pad_before;
   // As in linear: the larger operand is read once, and the smaller stays in L2.
   p.rows_first = x.numel() <= n * conv.w.shape[1];
+  p.resized = resized;
   p.phased = phased;
   p.epilogue = epilogue_of(conv.w, conv.bias, conv.scale, conv.residual, conv.activation, out);
   queue.launch({"conv2d", kKernels[x.dtype == DType::f16][kernel]},

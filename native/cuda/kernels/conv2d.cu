@@ -85,9 +85,10 @@ class Pieces {
   __device__ __forceinline__ int next() {
     tap_.advance(p_.run * kBlockK, p_);
     from_ = static_cast<const char*>(p_.x) + tap_.channel * 2;
-    inside_ = 0;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) inside_ |= patches_.template locate<true>(pixel_[i], i, tap_, p_) << i;
+    if (p_.resized)
+      look<true>();
+    else
+      look<false>();
     return p_.run;
   }
   __device__ __forceinline__ void copy(uint32_t slice) {
@@ -101,6 +102,14 @@ class Pieces {
  private:
   static constexpr int kStep = threads_of(kTile) / 4, kCopies = kTiles[kTile].m / kStep;
   static_assert(kStep % 8 == 0 && kTiles[kTile].m % kStep == 0, "copies divide evenly, and swizzle alike");
+
+  template <bool kResized>
+  __device__ __forceinline__ void look() {
+    inside_ = 0;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i)
+      inside_ |= patches_.template locate<kResized>(pixel_[i], i, tap_, p_) << i;
+  }
 
   const Conv2dParams& p_;
   Patches<kCopies, kStep> patches_;
@@ -122,8 +131,11 @@ class Elements {
     const int row = threadIdx.x / kPairs, pair = threadIdx.x % kPairs;
     tap_.advance(pair * 2, p);
     to_ = swizzled<4>(row, pair / 4) + pair % 4 * 4;
+    left_ = p.blocks + 1;
   }
   __device__ __forceinline__ void copy(uint32_t slice) {
+    // Of what comes after K, multiply() reads one slice: a stem has two.
+    if (--left_ < 0) return;
     Tap second = tap_;
     if constexpr (!kTogether) second.advance(1, p_);
 #pragma unroll
@@ -158,6 +170,7 @@ class Elements {
   Patches<kCopies, kStep> patches_;
   Tap tap_{};
   uint32_t to_;
+  int left_;
 };
 
 template <class T, TileName kTile, class Loader>

@@ -36,6 +36,7 @@ struct Conv2dParams {
   int32_t channels, kernel_h, kernel_w;
   int32_t run;  // slices in which no thread comes to another pixel
   int32_t stride, pad;
+  bool resized;
   bool rows_first;  // row tiles are neighbours in the grid
   // Four phases, weights one after the other: output (y, x) is (y / 2, x / 2) of phase (y % 2, x % 2), whose
   // padding is pad - y % 2, pad - x % 2.

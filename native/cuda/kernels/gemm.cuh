@@ -379,7 +379,8 @@ __device__ __forceinline__ void finish_sums(float (&x)[kCount], const float (&up
 template <class T, int kRows, int kColumns, int kThreads, class RowOf>
 __device__ __forceinline__ void finish_elements(const Epilogue& e, const float* tile, int first_output,
                                                 RowOf row_of, int thread) {
-  const int log_width = log2_of(kColumns) - e.gated;
+  // The last layer of a UNet or VAE has three or four outputs.
+  const int log_width = min(log2_of(kColumns) - e.gated, 32 - __clz(e.outputs - first_output - 1));
 #pragma unroll 1
   for (int i = thread; i < kRows << log_width; i += kThreads) {
     const int tile_row = i >> log_width, tile_output = i & (1 << log_width) - 1;
