@@ -46,15 +46,22 @@ __device__ __forceinline__ void attend(const AttentionParams& params) {
   const char* k = params.k + int64_t{k_begin} * params.k_stride + head;
   const char* v = params.v + int64_t{k_begin} * params.v_stride + head;
   // Zeros behind the last.
-  const auto copy_tile = [&](int tile) {
+  const auto copy = [&](int tile, uint32_t to, const char* from, int64_t stride) {
     const int key = tile * Rows::kKeys;
-    copy_rows<Rows::kD, Rows::kKeys, Rows::kThreads>(rows.next_at, p.d, [&](int row) {
-      return RowSource{k + int64_t{key + row} * params.k_stride, key + row < seen};
+    copy_rows<Rows::kD, Rows::kKeys, Rows::kThreads>(to, p.d, [&](int row) {
+      return RowSource{from + int64_t{key + row} * stride, key + row < seen};
     });
-    copy_rows<Rows::kD, Rows::kKeys, Rows::kThreads>(rows.next_at + Rows::kStageBytes / 2, p.d, [&](int row) {
-      return RowSource{v + int64_t{key + row} * params.v_stride, key + row < seen};
-    });
+  };
+  const auto copy_values = [&](int tile) {
+    copy(tile, rows.next_at + Rows::kStageBytes / 2, v, params.v_stride);
     commit_copies();
+  };
+  const auto copy_tile = [&](int tile) {
+    copy(tile, rows.next_at, k, params.k_stride);
+    if constexpr (Rows::kByTurns)
+      commit_copies();
+    else
+      copy_values(tile);
   };
 
   typename Rows::State state;
@@ -64,9 +71,9 @@ __device__ __forceinline__ void attend(const AttentionParams& params) {
     wait_copies<0>();
     __syncthreads();
     rows.hold_queries();
-    rows.next_at += Rows::kStageBytes;
+    rows.next_at += rows.forward;
   }
-  rows.attend_all(state, 0, rows.seen_by_all() / Rows::kKeys, tiles, copy_tile, copy_tile);
+  rows.attend_all(state, 0, rows.seen_by_all() / Rows::kKeys, tiles, copy_tile, copy_tile, copy_values);
   state.sum_lanes();
   rows.store(state, memory);
 }

@@ -10,8 +10,8 @@ constexpr int kHeadDims[] = {32, 64, 80, 96, 128, 256, 512};
 constexpr FlashTile attention_tile(int d) {
   return d < 96     ? FlashTile{d, 64, 2, 4, 1}
          : d <= 128 ? FlashTile{d, 32, 2, 4, 1}
-         : d == 256 ? FlashTile{d, 32, 1, 4, 1}
-                    : FlashTile{d, 16, 1, 4, 2};
+         : d == 256 ? FlashTile{d, 32, 1, 8, 1, 1}
+                    : FlashTile{d, 16, 1, 8, 2, 1};
 }
 
 struct AttentionParams {

@@ -234,6 +234,10 @@ __device__ __forceinline__ void copy_rows(uint32_t to, int width, Source source)
   }
 }
 
+struct Nothing {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
 // The rows of a block: its queries, what they see, and a warp's work on a tile of keys. Config::kTile is the
 // tile.
 template <class T, class Config>
@@ -247,6 +251,7 @@ struct FlashRows {
   static constexpr bool kHeld = kRowTiles * kSteps <= 4;
   // Copies are begun in the gaps that products leave, where their addresses still fit the registers.
   static constexpr bool kCopiesFirst = kD >= 256;
+  static constexpr bool kByTurns = kTile.stages == 1;
   static_assert(kD % 16 == 0 && kTile.keys % 16 == 0 && kColumnTiles % 2 == 0, "whole pairs of mma tiles");
   using State = FlashState<kRowTiles, kColumnTiles>;
 
@@ -261,8 +266,8 @@ struct FlashRows {
   // Where the lane begins to read the rows' queries and the stage of the tile at hand, and where copies of
   // the next one go to.
   uint32_t q_at, k_at, v_at, next_at;
-  int forward = kStageBytes;  // from the stage at hand to the other
-  uint32_t sees = 0;          // bit 2 i + h: row (i, h) sees a key
+  int forward = kByTurns ? 0 : kStageBytes;  // from the stage at hand to the other
+  uint32_t sees = 0;                         // bit 2 i + h: row (i, h) sees a key
   uint32_t held[kHeld ? kSteps : 1][kRowTiles][4];
 
   __device__ __forceinline__ FlashRows(const FlashParams& params, const RowBlock& at, int head, int n_keys,
@@ -331,11 +336,15 @@ struct FlashRows {
   }
 
   // The tile of keys from `key` on. Not kCareful: all rows see all of them, and FlashState::is_exact() is to
-  // be asked in the end. copy() begins to bring the next tile.
-  template <bool kCareful, class Copy>
-  __device__ __forceinline__ void attend(State& state, int key, const int (&seen)[kRowTiles][2],
-                                         Copy copy) const {
-    if constexpr (kCopiesFirst) copy();
+  // be asked in the end. copy() begins to bring the next tile, or by turns its keys when these are done with,
+  // and copy_values() the values of this one.
+  template <bool kCareful, class Copy, class CopyValues>
+  __device__ __forceinline__ void attend(State& state, int key, const int (&seen)[kRowTiles][2], Copy copy,
+                                         CopyValues copy_values) const {
+    if constexpr (kByTurns)
+      copy_values();
+    else if constexpr (kCopiesFirst)
+      copy();
     // Scores.
     float s[kRowTiles][kKeyTiles][4];
 #pragma unroll
@@ -368,7 +377,8 @@ struct FlashRows {
         for (int j = 0; j < kKeyTiles; j += 2) multiply(a, j, step);
       }
     }
-    if constexpr (!kCopiesFirst) copy();
+    if constexpr (kByTurns) begin();
+    if constexpr (kByTurns || !kCopiesFirst) copy();
 
     // Mask.
     if (kCareful) {
@@ -414,18 +424,19 @@ struct FlashRows {
   }
 
   // The state of tiles [first, end), of which every row sees those before `full_end` whole. copy(tile) begins
-  // to bring a tile to next_at; restart(tile) does so when it is not the next one. The first is under way,
-  // and at the end tile `end` is.
-  template <class Copy, class Restart>
+  // to bring a tile to next_at, by turns its keys and copy_values(tile) its values; restart(tile) does what
+  // copy does when it is not the next one. The first is under way, and at the end tile `end` is.
+  template <class Copy, class Restart, class CopyValues = Nothing>
   __device__ __forceinline__ void attend_all(State& state, int first, int full_end, int end, Copy copy,
-                                             Restart restart) {
+                                             Restart restart, CopyValues copy_values = {}) {
     int tile = first, seen[kRowTiles][2];
     if (tile < full_end) {
       const float seen_before = -kExactReference / p.scale;
       state.reset(seen_before);
       for (; tile < full_end; ++tile) {
         begin();
-        attend<false>(state, tile * kKeys, seen, [&] { copy(tile + 1); });
+        attend<false>(
+            state, tile * kKeys, seen, [&] { copy(tile + 1); }, [&] { copy_values(tile); });
         turn();
       }
       if (__syncthreads_or(!state.is_exact(seen_before, p.scale))) {
@@ -443,13 +454,21 @@ struct FlashRows {
     const int most_seen = warp_row < rows ? seen_by(min(warp_row + kRowTiles * 16, rows) - 1) : 0;
     for (; tile < end; ++tile) {
       begin();
-      copy(tile + 1);
-      if (tile * kKeys < most_seen) attend<true>(state, tile * kKeys, seen, [] {});
+      if constexpr (kByTurns) {
+        // All warps, for they wait for one another in it.
+        attend<true>(
+            state, tile * kKeys, seen, [&] { copy(tile + 1); }, [&] { copy_values(tile); });
+      } else {
+        copy(tile + 1);
+        if (tile * kKeys < most_seen)
+          attend<true>(
+              state, tile * kKeys, seen, [] {}, [] {});
+      }
       turn();
     }
   }
 
-  // The tile has arrived, and everyone is done with the one before it.
+  // What was copied has arrived, and everyone is done with what was before it.
   __device__ __forceinline__ void begin() const {
     wait_copies<0>();
     __syncthreads();

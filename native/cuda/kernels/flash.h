@@ -6,20 +6,23 @@
 
 namespace mgm::cuda {
 
-// A block's work: rows() queries against tiles of keys, which go by in two stages of shared memory.
+// A block's work: rows() queries against tiles of keys, which go by in one or two stages of shared memory.
 struct FlashTile {
   int d;          // head dimension; smaller ones are filled up with zeros
   int keys;       // in a tile
   int row_tiles;  // a warp has 16 * row_tiles rows
   int warps;
   int split;  // warps that share their rows: each computes all their scores and its part of their columns
+  // 2: a tile comes while the one before it is worked on. 1, for twice the rows in the memory: its values
+  // come while its keys are worked on, and the next one's keys while its values are.
+  int stages = 2;
 
   constexpr int threads() const { return warps * 32; }
   constexpr int rows() const { return warps / split * row_tiles * 16; }
   // Padded by one 16-byte piece, so that a piece of each of eight neighbouring rows fills all banks once.
   constexpr int row_bytes() const { return (d + 8) * 2; }
   constexpr int stage_bytes() const { return 2 * keys * row_bytes(); }
-  constexpr int shared_bytes() const { return rows() * row_bytes() + 2 * stage_bytes(); }
+  constexpr int shared_bytes() const { return rows() * row_bytes() + stages * stage_bytes(); }
 };
 
 // What attention and paged_attention have in common. Elements of q and out are bf16 or f16.
