@@ -2,8 +2,8 @@
 // memory. q [Tq, H, D], k and v [Tk, KV, D] in bf16 or f16, f32 inside; the weights are rounded to that type
 // for their product with v, results once.
 //
-// A block computes the rows of attention_tile() for one KV head: 128 rows (D up to 128) against tiles of 64
-// keys, which cp.async brings in one tile ahead. A warp has its rows' queries, scores and results in
+// A block computes the rows of attention_tile() for one KV head: 128 rows (64 of D = 512) against tiles of 16
+// to 64 keys, which cp.async brings in ahead. A warp has its rows' queries, scores and results in
 // registers; only the maximum is exchanged in the loop, between the four lanes that share a row. Blocks find
 // their sequence in cu_q, so nothing waits for the host; the last rows, which see most, start first.
 //

@@ -5,10 +5,12 @@ namespace mgm::cuda {
 
 constexpr int kHeadDims[] = {32, 64, 80, 96, 128, 256, 512};
 
-// Two row tiles a warp use every fragment of K and V twice, as long as their results fit the registers. All
-// tiles fit the 99 KiB of shared memory that the smallest GPUs have.
+// Two row tiles a warp use every fragment of K and V twice, as long as their results fit the registers. One
+// stage instead of two lets eight warps share a multiprocessor that has 100 KiB of memory: two blocks, or
+// with large heads one of 99 KiB.
 constexpr FlashTile attention_tile(int d) {
-  return d < 96     ? FlashTile{d, 64, 2, 4, 1}
+  return d < 64     ? FlashTile{d, 64, 2, 4, 1}
+         : d < 96   ? FlashTile{d, 64, 2, 4, 1, 1}
          : d <= 128 ? FlashTile{d, 32, 2, 4, 1}
          : d == 256 ? FlashTile{d, 32, 1, 8, 1, 1}
                     : FlashTile{d, 16, 1, 8, 2, 1};
