@@ -8,7 +8,7 @@ import type { Answer } from './engine/answer.ts'
 import { Engine, type EngineMetrics, type EngineRequest } from './engine/engine.ts'
 import { follow } from './engine/follow.ts'
 import type { ImageStep, ImageTimings } from './engine/image-queue.ts'
-import { availableMemory, placeLayers, planPages, weightBytes } from './engine/memory.ts'
+import { availableMemory, diffusionBytes, placeLayers, planPages, weightBytes } from './engine/memory.ts'
 import { PictureReader } from './engine/pictures.ts'
 import { randomSeed } from './engine/sampler.ts'
 import { expected, MgmError, throwIfAborted } from './errors.ts'
@@ -193,7 +193,6 @@ export class MiniGemini {
     throwIfAborted(signal)
 
     const maxSequences = checked.maxSequences ?? 8
-    const maxImages = checked.maxImages ?? DEFAULT_MAX_IMAGES
     const tokenBudget = Math.max(checked.tokenBudget ?? DEFAULT_TOKEN_BUDGET, maxSequences + 1)
     const visionBatch = visionBatchFor(config.image_size_aux)
     const maxContext = Math.min(
@@ -217,15 +216,23 @@ export class MiniGemini {
         dtype: onCpu ? checked.dtype : activations,
         quantize: checked.quantize,
       })
+      const generator = diffusion ? diffusionBytes(diffusion, onCpu ? checked.dtype : activations) : 0
       const sizes = { tokenBudget, maxSequences, visionBatch, vocabSize: tokenizer.size }
-      const work = workBytes(config, sizes, onCpu)
+      const textWork = workBytes(config, sizes, onCpu)
       const available = devices.map(one =>
         Math.min(one.memory().available, onCpu ? availableMemory() : Number.POSITIVE_INFINITY),
       )
+      // Text and images take turns, so the larger of the two is what there must be.
+      const workFor = (images: number) =>
+        Math.max(textWork, diffusion ? Sdxl.bytesAt(diffusion, activations, images) : 0)
+      let maxImages = checked.maxImages ?? DEFAULT_MAX_IMAGES
+      const room = available[0]! - weights.total - generator
+      if (checked.maxImages === undefined) while (maxImages > 1 && workFor(maxImages) > room / 2) maxImages--
+      const work = workFor(maxImages)
       const bytesPerPage = KvCache.bytesPerPage(config, PAGE_SIZE, kvDtype)
       const pages = planPages({
-        weights: weights.total,
-        work: work * devices.length,
+        weights: weights.total + generator,
+        work: work + textWork * (devices.length - 1),
         bytesPerPage,
         pageSize: PAGE_SIZE,
         pagesPerSequence: Math.ceil(maxContext / PAGE_SIZE),
@@ -236,8 +243,8 @@ export class MiniGemini {
       const cacheOfLayer = (pages * bytesPerPage) / config.num_hidden_layers
       const placed = placeLayers({
         layers: weights.layers.map(bytes => bytes + cacheOfLayer),
-        rest: weights.total - weights.layers.reduce((a, b) => a + b, 0),
-        available: available.map(bytes => bytes - work),
+        rest: weights.total - weights.layers.reduce((a, b) => a + b, 0) + generator,
+        available: available.map((bytes, i) => bytes - (i === 0 ? work : textWork)),
       })
       model = await MgmModel.load(device, opened, {
         dtype: checked.dtype,

@@ -261,7 +261,7 @@ export interface LoadOptions {
   decodeGraphs?: boolean | undefined
   /** Folder or hub id of an SDXL checkpoint in diffusers' layout, for `generate` and `imagine`. Default: none. */
   diffusion?: string | undefined
-  /** Most images denoised together. Default 4. */
+  /** Most images denoised together. Default 4, fewer where memory is short. */
   maxImages?: number | undefined
   /**
    * Storage of weight matrices. Default: as the checkpoint stores them. On a GPU bf16 or f16, which is also what it

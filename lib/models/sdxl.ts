@@ -6,25 +6,16 @@ import {
 } from '../checkpoint/diffusers.ts'
 import type { WeightDType } from '../checkpoint/tensor-map.ts'
 import type { Device } from '../device.ts'
-import { expected, MgmError } from '../errors.ts'
-import {
-  type ActivationType,
-  cast,
-  embedding,
-  permute,
-  randomNormal,
-  schedulerStep,
-  spliceEmbeddings,
-  toUint8,
-} from '../ops.ts'
-import { ClipTokenizer } from '../processing/clip-tokenizer.ts'
+import { expected } from '../errors.ts'
+import { type ActivationType, cast, embedding, randomNormal, schedulerStep, toUint8 } from '../ops.ts'
+import { CLIP_TOKENS, ClipTokenizer } from '../processing/clip-tokenizer.ts'
 import { scope, Tensor } from '../tensor.ts'
 import { ClipText } from './clip-text.ts'
 import { LatentPreview } from './latent-preview.ts'
 import { Loader, type LoadProgress } from './loader.ts'
 import { createSchedule, type Schedule, type ScheduleOptions } from './schedulers.ts'
-import { Unet, type UnetCondition } from './unet.ts'
-import { Vae } from './vae.ts'
+import { sideBySide, Unet, type UnetCondition } from './unet.ts'
+import { Vae, vaeScale } from './vae.ts'
 
 export interface LoadSdxlOptions {
   /** Storage of weight matrices. Default: each as its file stores it. */
@@ -101,8 +92,8 @@ export class Sdxl {
     this.encoders = parts.encoders
     this.unet = parts.unet
     this.vae = parts.vae
-    this.scale = 2 ** (checkpoint.vae.config.block_out_channels.length - 1)
-    this.defaultSize = checkpoint.unet.config.sample_size * this.scale
+    this.scale = this.vae.scale
+    this.defaultSize = defaultSize(checkpoint)
   }
 
   /** Loads all parts; each tensor of the checkpoint is used or known to be needless. On failure everything is freed. */
@@ -113,10 +104,8 @@ export class Sdxl {
   ): Promise<Sdxl> {
     const { activations = 'f32' } = options
     const { textEncoders, unet, vae } = checkpoint
-    checkParts(checkpoint)
     const loader = new Loader(device, { ...options, activations, totalBytes: checkpoint.totalBytes })
-    // `Vae` scales what f16 cannot hold, and f16 is the finer of the half types.
-    const vaeType = activations !== 'f32' && vae.config.force_upcast ? 'f16' : activations
+    const vaeType = vaeActivations(checkpoint, activations)
     const vaeLoader = vaeType === activations ? loader : loader.beside(device, vaeType)
     try {
       const [first, second] = textEncoders
@@ -137,6 +126,28 @@ export class Sdxl {
       loader.dispose()
       throw error
     }
+  }
+
+  /**
+   * Bytes of activations that drawing `images` together takes at most, guided and of the default size: beside what a UNet
+   * call or the decoding of one image needs, the keys and values of all prompts.
+   */
+  static bytesAt(checkpoint: DiffusionCheckpoint, activations: ActivationType, images: number): number {
+    const { unet, vae } = checkpoint
+    const size = defaultSize(checkpoint)
+    const [side, halves] = [unet.config.sample_size, 2 * images]
+    const widths = unet.weights
+      .entries()
+      .filter(({ name }) => /\.attn2\.to_[kv]\.weight$/.test(name))
+      .reduce((sum, { shape }) => sum + shape[0]!, 0)
+    const prompts = halves * CLIP_TOKENS * widths * (activations === 'f32' ? 4 : 2)
+    return (
+      prompts +
+      Math.max(
+        Unet.bytesAt(unet.config, activations, { images: halves, height: side, width: side }),
+        Vae.bytesAt(vae.config, vaeActivations(checkpoint, activations), { height: size, width: size }),
+      )
+    )
   }
 
   /** Bytes of the weights on the device. */
@@ -169,7 +180,7 @@ export class Sdxl {
         const ids = sources.map(text => this.tokenizers[i]!.encode(text).ids)
         return encoder.forward(Int32Array.from(ids.flatMap(row => [...row])))
       }) as [ReturnType<ClipText['forward']>, ReturnType<ClipText['forward']>]
-      const states = this.columns(first.penultimate, second.penultimate)
+      const states = sideBySide(this.device, first.penultimate, second.penultimate)
       const length = states.shape[0]! / sources.length
       return {
         prompt: this.rows(states, chosen, length),
@@ -245,20 +256,6 @@ export class Sdxl {
     const images = x.shape[0]!
     const coefficients = this.device.tensor(Float32Array.from(Array(images).fill(row).flat()), [images, 8])
     return schedulerStep(x, { coefficients, halves: 1, input: type })
-  }
-
-  /** [R, C1] and [R, C2] side by side: their transposes, one below the other, transposed. */
-  private columns(a: Tensor, b: Tensor): Tensor {
-    const index = Int32Array.from([
-      ...Array.from({ length: a.shape[1]! }, (_, i) => i),
-      ...Array.from({ length: b.shape[1]! }, (_, i) => -1 - i),
-    ])
-    const stacked = spliceEmbeddings(
-      permute(a, [1, 0]),
-      permute(b, [1, 0]),
-      this.device.tensor(index, [index.length]),
-    )
-    return permute(stacked, [1, 0])
   }
 
   /** Blocks of `length` rows in the order of `blocks`; −1 is a block of zeros. */
@@ -446,23 +443,12 @@ async function loadEncoder(loader: Loader, files: TextEncoderFiles): Promise<Cli
   return encoder
 }
 
-/** That the parts fit one another. */
-function checkParts({ folder, textEncoders, unet, vae }: DiffusionCheckpoint): void {
-  const refuse = (what: string, found: unknown) => {
-    throw new MgmError('CHECKPOINT_INVALID', `expected ${what} in ${folder} but found ${found}`)
-  }
-  const [first, second] = textEncoders
-  const width = first.config.hidden_size + second.config.hidden_size
-  if (width !== unet.config.cross_attention_dim)
-    refuse(`text encoders of ${unet.config.cross_attention_dim} channels together`, width)
-  if (!second.projection) refuse('a second text encoder with projection', 'none')
-  const added = second.config.projection_dim + 6 * unet.config.addition_time_embed_dim
-  if (added !== unet.config.projection_class_embeddings_input_dim)
-    refuse(
-      `projection_class_embeddings_input_dim ${added} in the UNet's config`,
-      unet.config.projection_class_embeddings_input_dim,
-    )
-  if (unet.config.in_channels !== vae.config.latent_channels)
-    refuse(`a UNet of ${vae.config.latent_channels} channels`, unet.config.in_channels)
-  if (vae.config.shift_factor !== 0) refuse('no shift_factor', vae.config.shift_factor)
+/** Side in pixels that the UNet was trained for. */
+function defaultSize({ unet, vae }: DiffusionCheckpoint): number {
+  return unet.config.sample_size * vaeScale(vae.config)
+}
+
+/** `Vae` scales what f16 cannot hold where its config says so, and f16 is the finer of the half types. */
+function vaeActivations({ vae }: DiffusionCheckpoint, activations: ActivationType): ActivationType {
+  return activations !== 'f32' && vae.config.force_upcast ? 'f16' : activations
 }

@@ -208,12 +208,17 @@ export class Unet {
    * on the way down and are used on the way up, so that is where the most is: beside them, a ResNet has its input, the
    * normalised concatenation and a result; a transformer its input, tokens, q, k, v, what they attend to and a result.
    */
-  bytesAt(height: number, width: number, images: number): number {
-    const { down, up } = blockShapes(this.config)
+  static bytesAt(
+    config: UnetConfig,
+    activations: ActivationType,
+    latents: { images: number; height: number; width: number },
+  ): number {
+    const { images, height, width } = latents
+    const { down, up } = blockShapes(config)
     const pixels = down.map((_, level) => Math.ceil(height / 2 ** level) * Math.ceil(width / 2 ** level))
     const transformer = (channels: number) => 7 * channels
 
-    let skips = this.config.block_out_channels[0]! * pixels[0]!
+    let skips = config.block_out_channels[0]! * pixels[0]!
     for (const [level, { out, layers, downsample }] of down.entries())
       skips += out * (layers * pixels[level]! + (downsample ? pixels[level + 1]! : 0))
     let most = skips + transformer(down.at(-1)!.out) * pixels.at(-1)!
@@ -227,7 +232,7 @@ export class Unet {
       }
       if (block.upsample) most = Math.max(most, skips + block.out * (here + pixels.at(-2 - i)!))
     }
-    return images * most * (this.loader.activations === 'f32' ? 4 : 2)
+    return images * most * (activations === 'f32' ? 4 : 2)
   }
 
   /**
@@ -361,7 +366,7 @@ async function loadSum(loader: Loader, a: Weights, b: Weights, width: number) {
 }
 
 /** [a | b]: row r of a [R, K] is followed by row r mod S of b [S, L]; [R, K + L]. */
-function sideBySide(device: Device, a: Tensor, b: Tensor): Tensor {
+export function sideBySide(device: Device, a: Tensor, b: Tensor): Tensor {
   const [rows, k] = a.shape as [number, number]
   const [period, l] = b.shape as [number, number]
   // Pieces of a common width, so that pieces of both can be spliced.

@@ -2,6 +2,7 @@ import type { VaeConfig } from '../checkpoint/diffusers.ts'
 import type { Device } from '../device.ts'
 import { expected } from '../errors.ts'
 import {
+  type ActivationType,
   attention,
   type Conv2dOptions,
   cast,
@@ -338,7 +339,7 @@ export class Vae {
   private constructor(loader: Loader, config: VaeConfig, parts: Awaited<ReturnType<typeof loadParts>>) {
     this.loader = loader
     this.config = config
-    this.scale = 2 ** (config.block_out_channels.length - 1)
+    this.scale = vaeScale(config)
     this.parts = parts
   }
 
@@ -352,20 +353,15 @@ export class Vae {
     return new Vae(loader, config, await loadParts(loader, weights, config, options))
   }
 
-  /** The side of the square of latents that the model was trained on: decoded at once by default. */
-  get defaultTile(): number {
-    return Math.max(SMALLEST_TILE, Math.floor(this.config.sample_size / this.scale))
-  }
-
   /**
    * latents A [B, h, w, 4], divided by the scaling factor → pixels [B, 8h, 8w, 3], about −1…1; of type A, or f32 where tiles
    * were blended. More than `tile`² latents are decoded in overlapping tiles of at most `tile` × `tile`, each normed by
-   * itself: colours may differ a little from those of the whole. Default: `defaultTile`.
+   * itself: colours may differ a little from those of the whole. Default: the side of what the model was trained on.
    */
   decode(latents: Tensor, options: { tile?: number | undefined } = {}, observe?: Observe): Tensor {
     const { postQuantConv, decoder } = this.parts
     const [, height, width] = latents.shape as [number, number, number, number]
-    const tile = this.tileFor(height, width, options.tile)
+    const tile = tileFor(this.config, height, width, options.tile)
     const whole = (latents: Tensor) =>
       scope(() => decoder.forward(postQuantConv?.forward(latents) ?? latents, observe))
     if (!tile) return whole(latents)
@@ -384,7 +380,7 @@ export class Vae {
     const [height, width] = pixels.shape.slice(1, 3).map(n => n / scale) as [number, number]
     if (!Number.isInteger(height) || !Number.isInteger(width))
       throw expected(`a height and a width that ${scale} divides`, 'pixels', pixels.shape)
-    const tile = this.tileFor(height, width, options.tile)
+    const tile = tileFor(this.config, height, width, options.tile)
     const whole = (pixels: Tensor) =>
       scope(() => {
         const moments = encoder.forward(pixels, observe)
@@ -398,38 +394,46 @@ export class Vae {
     })
   }
 
-  /** The most latents on a side of a tile, or undefined where all of them fit into the area of one. */
-  private tileFor(height: number, width: number, tile = this.defaultTile): number | undefined {
-    if (!Number.isInteger(tile) || tile < SMALLEST_TILE)
-      throw expected(`an integer of at least ${SMALLEST_TILE}`, 'tile', tile)
-    return height * width > tile ** 2 ? tile : undefined
-  }
-
   /**
    * About the most bytes of activations that `decode` holds at a time, its result included; `encode` holds fewer. Height and
    * width in pixels.
    */
-  bytesAt(
-    height: number,
-    width: number,
-    options: { batch?: number; tile?: number | undefined } = {},
+  static bytesAt(
+    config: VaeConfig,
+    activations: ActivationType,
+    image: { height: number; width: number; batch?: number; tile?: number | undefined },
   ): number {
-    const [h, w] = [height / this.scale, width / this.scale]
-    const tile = this.tileFor(h, w, options.tile)
+    const { height, width, batch = 1 } = image
+    const scale = vaeScale(config)
+    const [h, w] = [height / scale, width / scale]
+    const tile = tileFor(config, h, w, image.tile)
     const latents = tile ? tilesAlong(h, tile)[0]!.length * tilesAlong(w, tile)[0]!.length : h * w
-    const canvas = tile ? height * width * this.config.out_channels * 4 : 0
+    const canvas = tile ? height * width * config.out_channels * 4 : 0
 
     // Channels held for a latent: input, queries, keys, values, result and sum of the attention; then for each resolution
     // input, norm and output of a resnet's first convolution, or input, norm, shortcut and output of its second.
-    const widths = this.config.block_out_channels.toReversed()
+    const widths = config.block_out_channels.toReversed()
     const held = widths.map((to, i) => {
       const from = widths[i - 1] ?? to
       return 4 ** i * (from === to ? 3 * to : Math.max(2 * from + to, from + 3 * to))
     })
     const channels = Math.max(6 * widths[0]!, ...held)
-    const bytes = this.loader.activations === 'f32' ? 4 : 2
-    return (options.batch ?? 1) * (latents * channels * bytes + canvas)
+    const bytes = activations === 'f32' ? 4 : 2
+    return batch * (latents * channels * bytes + canvas)
   }
+}
+
+/** Pixels on a side of what one latent stands for. */
+export function vaeScale(config: VaeConfig): number {
+  return 2 ** (config.block_out_channels.length - 1)
+}
+
+/** The most latents on a side of a tile, or undefined where all of them fit into the area of one. */
+function tileFor(config: VaeConfig, height: number, width: number, asked?: number): number | undefined {
+  const tile = asked ?? Math.max(SMALLEST_TILE, Math.floor(config.sample_size / vaeScale(config)))
+  if (!Number.isInteger(tile) || tile < SMALLEST_TILE)
+    throw expected(`an integer of at least ${SMALLEST_TILE}`, 'tile', tile)
+  return height * width > tile ** 2 ? tile : undefined
 }
 
 async function loadParts(loader: Loader, weights: Weights, config: VaeConfig, options: { encoder: boolean }) {

@@ -256,6 +256,38 @@ describe('images', () => {
     }
   })
 
+  it('refuses before loading what memory cannot hold beside the model', async () => {
+    const progress: number[] = []
+    const { code, message } = await rejection(
+      MiniGemini.load(vicuna.folder, {
+        ...small,
+        diffusion,
+        memoryLimit: 2 ** 20,
+        onProgress: ({ loaded }) => progress.push(loaded),
+      }),
+    )
+    expect(code).toBe('OUT_OF_MEMORY')
+    // 1.7 MiB of the language model, the rest the generator's.
+    expect(Number(/weights ([\d.]+) MiB/.exec(message)?.[1])).toBeGreaterThan(5)
+    expect(progress).toEqual([])
+  })
+
+  it('loads both in one go, and says what it has', async () => {
+    const progress: { loaded: number; total: number }[] = []
+    const own = await MiniGemini.load(vicuna.folder, {
+      ...small,
+      diffusion,
+      onProgress: ({ loaded, total }) => progress.push({ loaded, total }),
+    })
+    const { total } = progress[0]!
+    expect(
+      progress.every((event, i) => event.total === total && event.loaded >= (progress[i - 1]?.loaded ?? 0)),
+    ).toBe(true)
+    expect(progress.at(-1)).toEqual({ loaded: total, total })
+    expect(own.info.diffusion).toEqual({ checkpoint: diffusion, size: 128 })
+    await own.close()
+  })
+
   it('closing ends what is being drawn', async () => {
     const own = await MiniGemini.load(cases[0]!.folder, { ...small, diffusion })
     const drawing = rejection(own.imagine({ prompt: 'a', ...quick, steps: 500 }))

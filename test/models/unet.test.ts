@@ -162,7 +162,7 @@ describe('Unet', () => {
       const needed = fresh.memory().peak - used
       expect(fresh.memory().peak, 'loading does not hide it').toBeGreaterThan(peak)
       // Blocks of memory are up to a quarter larger than what was asked for.
-      const estimate = model.bytesAt(height, width, n)
+      const estimate = Unet.bytesAt(config, 'f32', { images: n, height, width })
       expect(needed / estimate).toBeGreaterThan(1)
       expect(needed / estimate).toBeLessThan(1.25)
       await out.read()

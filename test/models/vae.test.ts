@@ -291,6 +291,8 @@ describe('encode', () => {
 })
 
 describe('bytesAt', () => {
+  const { config } = openDiffusion(join(folder, 'pipeline')).vae
+
   test.each([
     [12, 16, 1, undefined],
     [32, 24, 1, 64],
@@ -305,7 +307,8 @@ describe('bytesAt', () => {
     const pixels = vae.decode(latents, { tile })
     await pixels.read()
     // Latents, weights of tiles and rounded block sizes come on top.
-    const share = (fresh.memory().peak - held) / vae.bytesAt(8 * h, 8 * w, { batch, tile })
+    const share =
+      (fresh.memory().peak - held) / Vae.bytesAt(config, 'f32', { height: 8 * h, width: 8 * w, batch, tile })
     expect(share).toBeGreaterThan(0.95)
     expect(share).toBeLessThan(1.15)
     pixels.dispose()
@@ -322,7 +325,9 @@ describe('bytesAt', () => {
       const held = fresh.memory().used
       const latents = vae.encode(pixels, { tile })
       await latents.read()
-      expect(fresh.memory().peak - held).toBeLessThan(vae.bytesAt(256, 192, { tile }))
+      expect(fresh.memory().peak - held).toBeLessThan(
+        Vae.bytesAt(config, 'f32', { height: 256, width: 192, tile }),
+      )
       latents.dispose()
       pixels.dispose()
     }
