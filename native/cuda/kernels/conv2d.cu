@@ -134,7 +134,7 @@ class Elements {
     left_ = p.blocks + 1;
   }
   __device__ __forceinline__ void copy(uint32_t slice) {
-    // Of what comes after K, multiply() reads one slice: a stem has two.
+    // multiply() asks for several slices past the end and reads one of them; a stem has two in all.
     if (--left_ < 0) return;
     Tap second = tap_;
     if constexpr (!kTogether) second.advance(1, p_);
