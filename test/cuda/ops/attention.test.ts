@@ -71,6 +71,10 @@ const cases: Case[] = [
   { heads: 1, kvHeads: 1, headDim: 256, q: [65], k: [97], causal: true },
   { heads: 1, kvHeads: 1, headDim: 511, q: [7, 2], k: [20, 0] },
   { heads: 1, kvHeads: 1, headDim: 512, q: [33], k: [33] },
+  // SDXL: pixels by the 77 places of a prompt, two images; the VAE's pixels by each other.
+  { heads: 2, kvHeads: 2, headDim: 64, q: [150, 150], k: [77, 77] },
+  { heads: 1, kvHeads: 1, headDim: 512, q: [70, 1], k: [70, 150] },
+  { heads: 2, kvHeads: 1, headDim: 512, q: [40, 9], k: [45, 60], causal: true },
 ]
 if (process.env.MGM_TEST_FULL)
   cases.push(
@@ -195,7 +199,7 @@ cudaTests('attention', cuda => {
     })
   })
 
-  it.each([32, 64, 96, 256])(
+  it.each([32, 64, 96, 256, 512])(
     'gives a query the same bits alone and in a batch, head size %i',
     async headDim => {
       const random = new Random()

@@ -55,6 +55,14 @@ cudaTests('randomNormal on CUDA', cuda => {
     expectClose(drawn, expected, limit, `seed ${random.seed}`)
   })
 
+  it('draws what the CPU draws, in any shape', async () => {
+    const random = new Random()
+    const seeds = Int32Array.from({ length: 6 }, () => random.integer(-(2 ** 31), 2 ** 31 - 1))
+    await cuda.same({ limit, what: `seed ${random.seed}` }, t =>
+      randomNormal(t.plain(seeds, [2, 3]), [9, 7, 4]),
+    )
+  })
+
   it('gives a row the same bits alone and among others', async () => {
     const random = new Random()
     const seeds = Int32Array.from({ length: 9 }, () => random.integer(-(2 ** 31), 2 ** 31 - 1))
