@@ -82,6 +82,8 @@ const cases: (Heads & { q: number[]; k: number[]; causal: boolean; why: string }
     causal: false,
     why: 'large odd head, no keys',
   },
+  { heads: 3, kvHeads: 3, headDim: 64, q: [300, 5], k: [77, 77], causal: false, why: 'pixels and a prompt' },
+  { heads: 1, kvHeads: 1, headDim: 512, q: [131], k: [200], causal: false, why: "the VAE's head" },
   { heads: 2, kvHeads: 2, headDim: 24, q: [9], k: [4], causal: true, why: 'queries before the first key' },
 ]
 

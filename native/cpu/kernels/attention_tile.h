@@ -408,14 +408,24 @@ static void reset(const State& s, int64_t rows, int64_t d) {
 
 // Rows [first, first + rows) of a head, blocks of kRows after each other, each [d, rows of the block].
 static void pack_queries(const Queries& qs, int64_t first, int64_t rows, float* packed) {
-  const float scale = qs.scale * 1.44269504088896341f;
+  const vf scale = set1(qs.scale * 1.44269504088896341f);
   for (int64_t begin = 0; begin < rows; begin += kRows) {
     const int64_t n = min64(kRows, rows - begin);
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t row = first + begin + r;
-      const float* from = qs.q + row / qs.group * qs.stride + row % qs.group * qs.d;
-      float* to = packed + begin * qs.d + r;
-      for (int64_t c = 0; c < qs.d; ++c) to[c * n] = from[c] * scale;
+    for (int64_t r0 = 0; r0 < n; r0 += kWidth) {
+      const float* from[kWidth];
+      for (int64_t r = 0; r < kWidth; ++r) {
+        const int64_t row = first + begin + min64(r0 + r, n - 1);  // what is past the last is not stored
+        from[r] = qs.q + row / qs.group * qs.stride + row % qs.group * qs.d;
+      }
+      for (int64_t c = 0; c < qs.d; c += kWidth) {
+        vf x[kWidth];
+#pragma GCC unroll 16
+        for (int r = 0; r < kWidth; ++r) x[r] = load_up_to(from[r] + c, qs.d - c);
+        transpose(x);
+        float* to = packed + begin * qs.d + c * n + r0;
+        const int64_t width = min64(kWidth, qs.d - c);
+        for (int64_t i = 0; i < width; ++i) store_up_to(to + i * n, x[i] * scale, n - r0);
+      }
     }
   }
 }
