@@ -11,9 +11,11 @@ import { cudaTests, floats, HALVES } from './helpers.ts'
 const root = join(FIXTURES, 'sdxl-tiny')
 const pipeline = readSafetensors(join(root, 'tensors', 'pipeline.safetensors'))
 const golden = (name: string) => pipeline.get(name)!
-// Set from what was measured; the reason stands with them.
-const LATENTS = 4
-const LEVELS = { bf16: 12, f16: 2 }
+// Root mean square errors of latents, in units of their own. Guidance of 5 makes 4 to 5 u of the 0.8 to 1 u that a UNet call is off
+// by: m = -4 a + 5 b. Diffusers' UNet in the same halves, with the goldens' embeddings: 5.0 u in bf16, 3.9 u in f16, at every step.
+const LATENTS = 6
+// Root mean square error of the bytes: measured 1.2 and 0.33 of 256 levels.
+const LEVELS = { bf16: 2, f16: 0.6 }
 const U = { bf16: 2 ** -8, f16: 2 ** -11 }
 
 const item: DenoiseItem = {
@@ -40,14 +42,12 @@ cudaTests('SDXL on a GPU', cuda => {
           const expected = toNhwc(golden(`latents_step_${step}`)).data
           const actual = await floats(run.latents)
           const error = rms(actual.map((x, i) => x - expected[i]!)) / rms(expected)
-          if (process.env.MGM_SHOW) console.log(dtype, step, (error / U[dtype]).toFixed(2))
           expect(error, `latents after step ${step}`).toBeLessThan(LATENTS * U[dtype])
         }
         const pixels = sdxl.decode(run.latents)
         const bytes = (await pixels.read()) as Uint8Array
         const expected = golden('image_u8').data
         const off = rms(Array.from(bytes, (byte, i) => byte - expected[i]!))
-        if (process.env.MGM_SHOW) console.log(dtype, 'levels', off.toFixed(3))
         expect(off).toBeLessThan(LEVELS[dtype])
         pixels.dispose()
         run.dispose()
@@ -66,15 +66,12 @@ cudaTests('SDXL on a GPU', cuda => {
         diffusion: join(root, 'pipeline'),
       })
       try {
-        const options = { width: 48, height: 40, steps: 2, seed: 3, format: 'raw' } as const
+        const options = { width: 48, height: 40, steps: 1, seed: 3, format: 'raw' } as const
         const prompt = 'two boats'
         const [alone] = (await mgm.imagine({ prompt, ...options })).images
-        const [many, unguided] = await Promise.all([
-          mgm.imagine({ prompt, ...options, seed: 2, count: 3, sampler: 'euler' }),
-          mgm.imagine({ prompt, ...options, guidance: 1 }),
-        ])
+        const many = await mgm.imagine({ prompt, ...options, seed: 2, count: 2 })
         expect(Buffer.compare(many.images[1]!.data, alone!.data)).toBe(0)
-        expect(Buffer.compare(unguided.images[0]!.data, alone!.data)).not.toBe(0)
+        expect(Buffer.compare(many.images[0]!.data, alone!.data)).not.toBe(0)
         expect(new Set(alone!.data).size).toBeGreaterThan(50)
       } finally {
         await mgm.close()
