@@ -2,7 +2,7 @@
 import { createRequire } from 'node:module'
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander'
 import { SAMPLERS, type Sampler } from '../checkpoint/diffusers.ts'
-import { resolveCheckpoint } from '../checkpoint/hub.ts'
+import { resolveCheckpoint, SDXL_REPOSITORY } from '../checkpoint/hub.ts'
 import { MgmError } from '../errors.ts'
 import { type ChatCommand, chat } from './chat.ts'
 import { diagnose, renderDiagnosis } from './doctor.ts'
@@ -231,7 +231,11 @@ Examples:
       .description('Let the model write a prompt for a picture, and draw it with SDXL')
       .argument('<checkpoint>', 'folder of an MGM checkpoint, or its id on the Hugging Face hub')
       .requiredOption('-p, --prompt <text>', 'what to draw, in your words')
-      .requiredOption('--diffusion <checkpoint>', 'SDXL: folder in the layout of diffusers, or hub id')
+      .option(
+        '--diffusion <checkpoint>',
+        'SDXL: folder in the layout of diffusers, or hub id',
+        SDXL_REPOSITORY,
+      )
       .option('-o, --output <file>', 'PNG, JPEG or WebP, by its ending', 'image.png')
       .option('-i, --image <file>', 'picture that the model sees; may be repeated', collect, [])
       .option('--direct', 'draw the prompt as it is, without asking the model')

@@ -77,7 +77,7 @@ describe('mgm', () => {
       ['chat', checkpoint, '--quantize', 'int3'],
       ['chat', checkpoint, '--memory-limit', 'lots'],
       ['info'],
-      ['generate', checkpoint, '-p', 'no generator'],
+      ['generate', checkpoint, '--diffusion', sdxl],
       ['generate', checkpoint, '-p', 'x', '--diffusion', sdxl, '--sampler', 'best'],
     ]) {
       const { code, stdout, stderr } = await mgm(args)
