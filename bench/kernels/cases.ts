@@ -533,6 +533,38 @@ function streams(): KernelCase[] {
   ]
 }
 
+/** What goes on around a UNet's step and a VAE at 1024×1024. */
+function images(): KernelCase[] {
+  const latents = [2, 128, 128, 4]
+  const [image, tile] = [
+    [1, 1024, 1024, 3],
+    [1, 512, 512, 3],
+  ] as const
+  const half = bytes([latents])
+  return [
+    // x, out and predicted; both halves of the model's result and of its next input.
+    simple('schedulerStep', `${latents.join('×')}, guided`, 3 * bytes([latents], 'f32') + 4 * half, make => {
+      const x = make.f32(latents)
+      const model = make.a([4, ...latents.slice(1)])
+      const coefficients = make.f32([2, 8])
+      return () => ops.schedulerStep(x, { coefficients, model, halves: 2, input: 'bf16' })
+    }),
+    simple('randomNormal', latents.join('×'), bytes([latents], 'f32'), make => {
+      const seeds = make.i32([1, 2, 3, 4, 5, 6]).reshape(2, 3)
+      return () => ops.randomNormal(seeds, latents.slice(1))
+    }),
+    simple('toUint8', '1024×1024×3', bytes([image]) + size(image), make => {
+      const x = make.a(image)
+      return () => ops.toUint8(x, { scale: 127.5, offset: 127.5 })
+    }),
+    simple('addTile', '512×512×3', 2 * bytes([tile], 'f32') + bytes([tile]), make => {
+      const [canvas, x] = [make.f32(image), make.a(tile)]
+      const [rows, columns] = [make.f32([512]), make.f32([512])]
+      return () => ops.addTile(canvas, x, { rows, columns, y: 256, x: 384 })
+    }),
+  ]
+}
+
 export const CASES: readonly KernelCase[] = [
   ...linears(),
   attention('CLIP', [577, 16, 16, 64], { peers: ['flash_attention_64'] }),
@@ -578,6 +610,7 @@ export const CASES: readonly KernelCase[] = [
   rope('Gemma-2B', 1024, 8, 1, 256),
   rope('Vicuna-7B', 1024, 32, 32, 128),
   ...streams(),
+  ...images(),
   sample('greedy', 1, 256000, [0, 1, 0, 1, 0, 0], 0),
   sample('top-p 0.9, top-k 40', 8, 32000, [0.8, 0.9, 0, 1, 0, 0], 40),
 ]

@@ -119,6 +119,7 @@ const STREAMING = new Set([
   'embedding',
   'spliceEmbeddings',
   'packLinear',
+  'toUint8',
 ])
 /** Kernels whose inner loops must not spill or wait for banks. */
 const TILED = new Set([

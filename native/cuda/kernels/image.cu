@@ -1,6 +1,7 @@
 // Images on their way out: numbers to bytes, tiles into a canvas. Bytes are what bounds both: an operand is
 // read once, a result written once. to_uint8 reads 16 bytes a thread; a tile's lines lie anywhere in a
-// canvas, so that add_tile goes by single numbers, neighbours by neighbouring threads.
+// canvas, so that add_tile goes by single numbers, neighbours by neighbouring threads, with weights from the
+// first-level cache.
 #include "common.cuh"
 #include "image.h"
 

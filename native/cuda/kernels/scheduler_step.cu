@@ -1,5 +1,6 @@
 // One step of a diffusion sampler (native/ops.h has the formula). A thread makes one latent number: latents
-// are some 64 Ki numbers an image, of which every operand is read and every result written once.
+// are some 64 Ki numbers an image, of which every operand is read and every result written once. Coefficients
+// come from the first-level cache.
 #include "common.cuh"
 #include "scheduler_step.h"
 
