@@ -574,7 +574,7 @@ export const CASES: readonly KernelCase[] = [
   attention('SDXL, 32×32,', [1024, 20, 20, 64]),
   attention('SDXL, 64×64, prompt,', [4096, 10, 10, 64], { keys: 77 }),
   attention('SDXL, 32×32, prompt,', [1024, 20, 20, 64], { keys: 77 }),
-  attention('SDXL VAE, 128×128,', [16384, 1, 1, 512]),
+  attention('SDXL VAE, 128×128,', [16384, 1, 1, 512], { peers: ['flash_attention_512'] }),
   paged('Gemma-2B decode', [1, 1, 1024], [8, 1, 256]),
   paged('Gemma-2B decode', [8, 1, 1024], [8, 1, 256]),
   paged('Vicuna-7B decode', [8, 1, 1024], [32, 32, 128]),

@@ -252,6 +252,9 @@ struct FlashRows {
   // Copies are begun in the gaps that products leave, where their addresses still fit the registers.
   static constexpr bool kCopiesFirst = kD >= 256;
   static constexpr bool kByTurns = kTile.stages == 1;
+  // A product waits for the one that it is added to: where the tile has few scores, even and odd steps are
+  // summed apart.
+  static constexpr int kChains = kRowTiles * kKeyTiles < 4 ? 2 : 1;
   static_assert(kD % 16 == 0 && kTile.keys % 16 == 0 && kColumnTiles % 2 == 0, "whole pairs of mma tiles");
   using State = FlashState<kRowTiles, kColumnTiles>;
 
@@ -346,14 +349,9 @@ struct FlashRows {
     else if constexpr (kCopiesFirst)
       copy();
     // Scores.
-    float s[kRowTiles][kKeyTiles][4];
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < kKeyTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[i][j][e] = 0.0f;
+    float sums[kChains][kRowTiles][kKeyTiles][4] = {};
     const auto multiply = [&](const uint32_t(&a)[kRowTiles][4], int j, int step) {
+      auto& s = sums[step % kChains];
       uint32_t b[4];
       load_matrices(b, k_at + j * 8 * kRowBytes + step * 32);
 #pragma unroll
@@ -376,6 +374,15 @@ struct FlashRows {
 #pragma unroll
         for (int j = 0; j < kKeyTiles; j += 2) multiply(a, j, step);
       }
+    }
+    auto& s = sums[0];
+    if constexpr (kChains == 2) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kKeyTiles; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[i][j][e] += sums[1][i][j][e];
     }
     if constexpr (kByTurns) begin();
     if constexpr (kByTurns || !kCopiesFirst) copy();
