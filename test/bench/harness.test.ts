@@ -142,7 +142,7 @@ describe('random inputs', () => {
     expect(randomF32(10_000)).toEqual(values)
   })
 
-  it.each(['f32', 'bf16'] as const)(
+  it.each(['f32', 'bf16', 'f16'] as const)(
     'load as %s weights of any shape, and leave no file behind',
     async dtype => {
       let file: string
@@ -155,6 +155,8 @@ describe('random inputs', () => {
         const loader = new Loader(device)
         const values = await loader.f32(entry).readF32()
         expect(values.every(value => Math.abs(value) <= 0.03)).toBe(true)
+        expect(Math.max(...values)).toBeGreaterThan(0.029)
+        expect(Math.min(...values)).toBeLessThan(-0.029)
         expect(new Set(values).size).toBeGreaterThan(1000)
         await loader.finish()
         loader.dispose()
