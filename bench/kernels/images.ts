@@ -93,7 +93,10 @@ export function builtFamilies(root: string): Source[] {
   const index = join(root, 'build', 'kernels', 'images.json')
   if (!existsSync(index))
     throw new Error(`expected ${index}: run \`npm run build:native\` with nvcc on the PATH first`)
-  return JSON.parse(readFileSync(index, 'utf8')) as Source[]
+  const sources = JSON.parse(readFileSync(index, 'utf8')) as Source[]
+  // What runs there.
+  for (const { cubins } of sources) if (cubins?.sm_86) cubins.sm_89 = cubins.sm_86
+  return sources
 }
 
 /** A disassembler that takes `-hex -c`: MGM_NVDISASM, the PATH, or the one inside Triton's wheel in MGM_BENCH_PYTHON's environment. */

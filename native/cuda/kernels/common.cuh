@@ -101,12 +101,6 @@ struct Max {
     return a > b ? a : b;
   }
 };
-struct Min {
-  template <class T>
-  static __device__ __forceinline__ T of(T a, T b) {
-    return a < b ? a : b;
-  }
-};
 
 // The same value in every thread of the block. Warps are combined in their order, so the result depends on
 // nothing but the values.

@@ -40,12 +40,6 @@ MGM_ANYWHERE int64_t panel_bytes(WeightType type, int64_t k) {
 MGM_ANYWHERE int64_t panels_of(int64_t n, bool gated) {
   return gated ? (n / 2 + kPanelRows - 1) / kPanelRows * 2 : (n + kPanelRows - 1) / kPanelRows;
 }
-// Where row r of the stacked matrix lies; gates: rows of the gate, or 0 if not gated.
-MGM_ANYWHERE int64_t packed_row(int64_t r, int64_t gates) {
-  if (gates == 0) return r;
-  const int64_t up = r >= gates, row = up ? r - gates : r;
-  return (row / kPanelRows * 2 + up) * kPanelRows + row % kPanelRows;
-}
 // Which lane of a row's four holds column k of a block, and as which of its eight elements.
 MGM_ANYWHERE int lane_of(int k) {
   return k % 8 / 2;
