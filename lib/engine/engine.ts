@@ -396,7 +396,7 @@ export class Engine {
       const end = performance.now()
       textTime += end - start
       // A UNet call may take as long as a hundred steps of text: each side gets the time that the other one took.
-      if (!this.#images?.hasWork || (textTime < imageTime && !this.#scheduler.isIdle)) continue
+      if (!this.#images?.hasWork || (items.length > 0 && textTime < imageTime)) continue
       await this.#images.step()
       imageTime = performance.now() - end
       textTime = 0
