@@ -15,7 +15,7 @@ export interface DatasetOptions {
   /** Side of the pictures that are looked at, and of those that are drawn. */
   readonly pixels: number
   readonly drawnPixels: number
-  /** `raw`: bytes of RGB, row by row; `png`: files, a seventh of the size. */
+  /** `raw`: bytes of RGB, row by row; `png`: files, about 5 % of the size. */
   readonly format: 'raw' | 'png'
   /** Lessons in a shard. */
   readonly shard: number

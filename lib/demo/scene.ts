@@ -71,9 +71,9 @@ export function kindOf(name: string): Kind | undefined {
 }
 
 /** A plate reaches this far beyond its text, in heights of a letter. */
-export const PLATE_MARGIN = 0.55
+export const PLATE_MARGIN = 0.8
 /** The length of a post below its plate, in heights of a letter. */
-export const POST_LENGTH = 2.2
+export const POST_LENGTH = 3
 
 export interface Box {
   readonly left: number

@@ -76,13 +76,13 @@ function signSvg({ text, font, colour, x, y, size, plate, post }: Sign): string[
   const parts = []
   if (post)
     parts.push(
-      `<rect x="${x * SIDE - height * 0.15}" y="${bottom}" width="${height * 0.3}" height="${POST_LENGTH * height}" ` +
-        `fill="#6b4a2b" stroke="#ffffff" stroke-width="1"/>`,
+      `<rect x="${x * SIDE - height * 0.2}" y="${bottom}" width="${height * 0.4}" height="${POST_LENGTH * height}" ` +
+        `fill="#6b4a2b"/>`,
     )
   if (plate)
     parts.push(
       `<rect x="${left - margin}" y="${top - margin}" width="${width + 2 * margin}" height="${height + 2 * margin}" ` +
-        `rx="${height * 0.25}" fill="${named(plate)}"/>`,
+        `rx="${height * 0.3}" fill="${named(plate)}"/>`,
     )
   const letters = textPath(text, font, height, named(colour))
   return [...parts, `<g transform="translate(${left} ${top})">${letters}</g>`]

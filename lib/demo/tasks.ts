@@ -528,7 +528,7 @@ function chain(scene: Scene, random: Random): Turn[] {
         () => askBackground(scene, random, followsUp),
         () => askSign(scene, random),
         () => askYesNo(scene, random),
-      ][random.weighted([1, 4, 2, 1, 1, 3])]!()
+      ][random.weighted([1, turns.some(({ task }) => task === 'relation') ? 1 : 4, 2, 1, 1, 3])]!()
     if (!asked || turns.some(({ question }) => question === asked.turn.question)) continue
     turns.push(asked.turn)
     focus = asked.focus

@@ -96,7 +96,7 @@ export const WORLD: WorldOptions = {
   fluent: 0.35,
   rotation: 20,
   signs: [5, 4, 1],
-  signSize: [0.026, 0.032],
+  signSize: [0.015, 0.017],
   numbers: 0.6,
   patterns: PATTERNS,
   colours: COLOUR_NAMES,
@@ -178,7 +178,7 @@ function drawObjects(random: Random, world: WorldOptions, background: Colour, sp
 }
 
 /** The least difference in luma between letters and what they stand on. */
-const LETTER_CONTRAST = 0.4
+const LETTER_CONTRAST = 0.45
 /** The least distance in RGB between a plate and the background. */
 const PLATE_CONTRAST = 110
 
