@@ -1,3 +1,4 @@
+import { expected } from '../errors.ts'
 import { COLOUR_NAMES, COLOURS, type Colour, luma } from './colours.ts'
 import { FONTS } from './glyphs.ts'
 import { KINDS, type Kind } from './kinds.ts'
@@ -124,6 +125,7 @@ export const DRAWN_WORLD: WorldOptions = {
 
 /** The scene of a seed: the same for the same seed and options, on every machine. */
 export function generateScene(seed: number, options: Partial<WorldOptions> = {}): Scene {
+  if (!Number.isSafeInteger(seed) || seed < 0) throw expected('an integer of at least 0', 'seed', seed)
   const world = { ...WORLD, ...options }
   const stream = (name: string) => new Random(seed, world.variant + name)
   const background = drawBackground(stream('background'), world)
@@ -143,9 +145,9 @@ function drawBackground(random: Random, world: WorldOptions): Background {
 
 function drawObjects(random: Random, world: WorldOptions, background: Colour, split: Split): SceneObject[] {
   const styles = (kind: Kind) => STYLES.filter(style => !kind.hiddenOn[style].includes(background))
-  const named = world.kinds.length > 0 ? world.kinds.map(name => kindOf(name)!) : KINDS
+  const named = world.kinds.length > 0 ? world.kinds.map(knownKind) : KINDS
   const kinds = named.filter(kind => styles(kind).length > 0)
-  const chosen: Kind[] = world.include.map(name => kindOf(name)!).filter(kind => styles(kind).length > 0)
+  const chosen: Kind[] = world.include.map(knownKind).filter(kind => styles(kind).length > 0)
   const mayJoin = (kind: Kind) =>
     !chosen.includes(kind) && (split !== 'train' || !chosen.some(other => isHeldOut(kind.name, other.name)))
 
@@ -175,6 +177,12 @@ function drawObjects(random: Random, world: WorldOptions, background: Colour, sp
       flip: random.chance(0.5),
     }
   })
+}
+
+function knownKind(name: string): Kind {
+  const kind = kindOf(name)
+  if (!kind) throw expected('the name of a kind of emoji', 'kind', name)
+  return kind
 }
 
 /** The least difference in luma between letters and what they stand on. */

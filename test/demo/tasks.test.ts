@@ -130,7 +130,7 @@ describe('answers are true', () => {
     }
   })
 
-  it('neighbours lie within 40 degrees of the direction, and nothing within 45 degrees is nearer', () => {
+  it('neighbours lie within 40 degrees of the direction, and all else within 45 degrees is a quarter farther', () => {
     let checked = 0
     for (const at of turnsOf('relation')) {
       const [shown] = pictured(at) as [Scene]
@@ -151,6 +151,8 @@ describe('answers are true', () => {
       else {
         expect(near[0]!.name).toBe(facts.answer)
         expect(near[0]!.angle).toBeLessThan(40)
+        const next = near[1]?.distance ?? 2
+        expect(next).toBeGreaterThanOrEqual(1.25 * near[0]!.distance - 1e-9)
         checked += 1
       }
     }

@@ -171,6 +171,10 @@ describe('generated scenes', () => {
     expect(() => generateScene(0, { objects: [0, 0, 0, 1], signs: [0, 0, 1], signSize: [0.3, 0.4] })).toThrow(
       'do not fit',
     )
+    expect(() => generateScene(0, { kinds: ['fox', 'gryphon'] })).toThrow(
+      'the name of a kind of emoji for kind but received "gryphon"',
+    )
+    expect(() => generateScene(-1)).toThrow('expected an integer of at least 0 for seed but received -1')
   })
 })
 
