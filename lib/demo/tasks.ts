@@ -663,8 +663,7 @@ export function scoreAnswer({ task, answer, facts }: Turn, text: string): Score 
 }
 
 const NAMES = new Map(KINDS.flatMap(({ name, plural }) => [[name, name] as const, [plural, name] as const]))
-// The longest first, so that a palm tree is no tree.
-const NAME_PATTERN = [...NAMES.keys()].sort((a, b) => b.length - a.length).join('|')
+const NAME_PATTERN = [...NAMES.keys()].join('|')
 const COUNTED = new RegExp(`\\b(an?|one|two|three|four) (${NAME_PATTERN})\\b`, 'gi')
 const COLOURED = new RegExp(`\\bon an? (${COLOUR_NAMES.join('|')}) background\\b`, 'i')
 const COLOUR = new RegExp(`\\b(${COLOUR_NAMES.join('|')})\\b`, 'i')

@@ -54,6 +54,8 @@ describe('kinds', () => {
     expect(KINDS.length).toBeGreaterThanOrEqual(120)
     expect(new Set(names).size).toBe(2 * KINDS.length)
     for (const name of names) expect(name).toMatch(/^[a-z]+( [a-z]+)?$/)
+    // "a car key" must not read as "a car".
+    expect(names.filter(name => names.includes(name.split(' ')[0]!) && name.includes(' '))).toEqual([])
   })
 
   it('each can be shown on some background in both styles', () => {
