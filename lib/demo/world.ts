@@ -77,7 +77,7 @@ export interface WorldOptions {
   readonly colours: readonly Colour[]
   /** Names of the kinds to draw from; all if empty. */
   readonly kinds: readonly string[]
-  /** Kinds that are put in first; those that the background would hide are left out. */
+  /** Kinds that are put in first; those that the background would hide are left out. Whoever asks for a held-out pair gets it. */
   readonly include: readonly string[]
   /** The share of scenes of more than one kind with a held-out pair, outside of the training split. */
   readonly heldOut: number
