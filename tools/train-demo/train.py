@@ -1,0 +1,220 @@
+"""Trains the demo model stage by stage.
+
+    python train.py convnext --data data/train --held-out data/validation --run run
+
+Stages, in their order: convnext, vision, text, mining, joint; vae, latents, draw. Each goes on where it was stopped, and
+starts from the newest weights of what earlier ones trained. README.md says how long they take and what to look at.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import drawing
+import understanding
+from config import DECODER, VISION
+from lessons import Lessons
+from trainer import Trainer, load_weights
+from understanding import PatchHeads
+from vocabulary import Vocabulary
+
+
+@dataclass
+class Context:
+    """What a stage is built from."""
+
+    run: Path
+    lessons: Lessons
+    held_out: Lessons
+    vocabulary: Vocabulary
+    batch: int
+    rate: float
+    freeze_towers: bool
+
+    def load(self, networks: dict[str, nn.Module], needed: set[str]) -> None:
+        """Loads what there is; `needed` are networks that an earlier stage must have trained."""
+        missing = needed & set(load_weights(self.run, networks))
+        if missing:
+            raise SystemExit(f'expected weights of {", ".join(sorted(missing))} in {self.run} but found none: train the earlier stages first')
+
+    def scenes(self, kind: type[understanding.Scenes] = understanding.Scenes) -> understanding.Scenes:
+        return kind(self.lessons, self.held_out, self.vocabulary.labels, self.batch)
+
+    def conversations(self, pictures: bool) -> understanding.Conversations:
+        return understanding.Conversations(self.lessons, self.held_out, self.vocabulary, self.batch, pictures)
+
+    def trainer(self, stage: str, networks: dict[str, nn.Module], make, loss, **options) -> Trainer:
+        return Trainer(stage, self.run, networks, make, loss, rate=self.rate, **options)
+
+
+def chosen(networks: dict[str, nn.Module], *names: str) -> dict[str, nn.Module]:
+    return {name: networks[name] for name in names}
+
+
+def convnext(context: Context) -> Trainer:
+    networks = chosen(understanding.build(context.vocabulary), 'convnext')
+    networks['convnext_heads'] = understanding.CropHeads(context.vocabulary.labels)
+    context.load(networks, set())
+    loss = lambda batch: networks['convnext_heads'](networks['convnext'], batch)
+    return context.trainer('convnext', networks, context.scenes(understanding.Crops), loss)
+
+
+def vision(context: Context) -> Trainer:
+    networks = chosen(understanding.build(context.vocabulary), 'vision')
+    networks['vision_heads'] = PatchHeads(VISION['hidden_size'], context.vocabulary.labels, characters=False)
+    context.load(networks, set())
+    loss = lambda batch: networks['vision_heads'](networks['vision'](understanding.low_resolution(batch[0])), batch[1])
+    return context.trainer('vision', networks, context.scenes(), loss)
+
+
+def text(context: Context) -> Trainer:
+    networks = chosen(understanding.build(context.vocabulary), 'decoder')
+    networks['oracle'] = understanding.Oracle(context.vocabulary.labels)
+    context.load(networks, set())
+
+    def loss(batch: dict) -> dict:
+        features = networks['oracle'](batch['labels']) if 'labels' in batch else None
+        return understanding.language_loss(networks['decoder'], batch, features)
+
+    return context.trainer('text', networks, context.conversations(pictures=False), loss, decay=0.05)
+
+
+def mining(context: Context) -> Trainer:
+    labels = context.vocabulary.labels
+    everything = understanding.build(context.vocabulary) | {'oracle': understanding.Oracle(labels)}
+    heads = {'mining_heads': PatchHeads(DECODER['hidden_size'], labels, characters=True)}
+    context.load(everything | heads, {'convnext', 'vision', 'oracle'})
+    oracle = everything['oracle'].requires_grad_(False)
+    towers = chosen(everything, 'convnext', 'vision')
+    trained = chosen(everything, 'mining', 'projector') | heads
+    if context.freeze_towers:
+        for tower in towers.values():
+            tower.requires_grad_(False)
+    else:
+        trained |= towers
+
+    def loss(batch: tuple) -> dict:
+        pixels, targets = batch
+        features = understanding.encode(everything, pixels)
+        metrics = heads['mining_heads'](features, targets)
+        wanted = oracle(targets)
+        # Relative to how far the wanted embeddings are from each other.
+        distance = (features - wanted).square().mean() / wanted.var()
+        return metrics | {'loss': metrics['loss'] + distance, 'distance': distance}
+
+    rates = {'convnext': 0.3, 'vision': 0.3}
+    return context.trainer('mining', trained, context.scenes(), loss, rates=rates)
+
+
+def joint(context: Context) -> Trainer:
+    networks = understanding.build(context.vocabulary)
+    heads = {'mining_heads': PatchHeads(DECODER['hidden_size'], context.vocabulary.labels, characters=True)}
+    context.load(networks | heads, {*networks, *heads})
+    trained = networks | heads
+    if context.freeze_towers:
+        for tower in ('convnext', 'vision'):
+            trained.pop(tower).requires_grad_(False)
+
+    def loss(batch: dict) -> dict:
+        if 'pixels' not in batch:
+            return understanding.language_loss(networks['decoder'], batch, None)
+        features = understanding.encode(networks, batch['pixels'])
+        metrics = understanding.language_loss(networks['decoder'], batch, features)
+        seen = heads['mining_heads'](features, batch['labels'])
+        return seen | metrics | {'loss': metrics['loss'] + 0.2 * seen['loss'], 'language': metrics['loss']}
+
+    return context.trainer('joint', trained, context.conversations(pictures=True), loss, average=0.999)
+
+
+def vae(context: Context) -> Trainer:
+    networks = chosen(drawing.build(context.vocabulary), 'vae')
+    context.load(networks, set())
+    make = drawing.Pictures(context.lessons, context.held_out, context.batch)
+    return context.trainer('vae', networks, make, lambda pixels: drawing.vae_loss(networks['vae'], pixels), average=0.999)
+
+
+def latents_of(context: Context) -> tuple[Path, Path]:
+    return context.run / 'latents' / 'train', context.run / 'latents' / 'held_out'
+
+
+def latents(context: Context) -> None:
+    networks = chosen(drawing.build(context.vocabulary), 'vae')
+    context.load(networks, {'vae'})
+    train, held_out = latents_of(context)
+    scale = drawing.write_latents(networks['vae'].eval(), context.lessons, train)
+    drawing.write_latents(networks['vae'], context.held_out, held_out)
+    (context.run / 'latents' / 'scale.json').write_text(json.dumps({'scaling_factor': scale}) + '\n')
+    print(f'latents: {len(context.lessons)} drawings, scaling factor {scale:.4f}')
+
+
+def draw(context: Context) -> Trainer:
+    networks = chosen(drawing.build(context.vocabulary), 'text_1', 'text_2', 'unet')
+    context.load(networks, set())
+    path = context.run / 'latents' / 'scale.json'
+    if not path.exists():
+        raise SystemExit(f'expected {path} but found none: run the latents stage first')
+    files = tuple(folder / 'latents.npy' for folder in latents_of(context))
+    scale = json.loads(path.read_text())['scaling_factor']
+    make = drawing.Drawings(context.lessons, context.held_out, files, context.vocabulary, context.batch, scale)
+    return context.trainer('draw', networks, make, lambda batch: drawing.denoising_loss(networks, batch), average=0.999)
+
+
+@dataclass
+class Stage:
+    build: Callable[[Context], Trainer | None]
+    steps: int = 0
+    batch: int = 0
+    rate: float = 0
+
+
+STAGES = {
+    'convnext': Stage(convnext, 3000, 64, 2e-3),
+    'vision': Stage(vision, 8000, 32, 1e-3),
+    'text': Stage(text, 10000, 16, 1e-3),
+    'mining': Stage(mining, 8000, 16, 1e-3),
+    'joint': Stage(joint, 8000, 16, 3e-4),
+    'vae': Stage(vae, 6000, 16, 1e-3),
+    'latents': Stage(latents),
+    'draw': Stage(draw, 20000, 32, 5e-4),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('stage', choices=STAGES)
+    parser.add_argument('--data', type=Path, required=True, help='shards of the training split')
+    parser.add_argument('--held-out', type=Path, required=True, help='shards of the validation split')
+    parser.add_argument('--run', type=Path, required=True)
+    parser.add_argument('--steps', type=int, help='of the whole stage, what is done included')
+    parser.add_argument('--batch', type=int)
+    parser.add_argument('--rate', type=float, help='greatest learning rate')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--freeze-towers', action='store_true', help='mining, joint: train neither ConvNeXt nor ViT')
+    parser.add_argument('--restart', action='store_true', help='begin the stage anew, from the newest weights')
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    stage = STAGES[arguments.stage]
+    context = Context(
+        arguments.run,
+        Lessons(arguments.data),
+        Lessons(arguments.held_out),
+        Vocabulary(arguments.run),
+        arguments.batch or stage.batch,
+        arguments.rate or stage.rate,
+        arguments.freeze_towers,
+    )
+    trainer = stage.build(context)
+    if trainer:
+        trainer.train(arguments.steps or stage.steps, context.batch, arguments.seed, arguments.restart)
+
+
+if __name__ == '__main__':
+    main()

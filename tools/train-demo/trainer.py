@@ -1,0 +1,224 @@
+"""The loop of every stage: seeded, stopped and resumed at will, logged.
+
+A run is a folder. `weights/<network>.safetensors` is the newest of each network, which every stage starts from and export.py
+reads; `<stage>.ckpt` is what a stopped stage goes on from; `logs/<stage>.jsonl` and `.png` say how it went.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lessons import prefetched
+
+Metrics = dict[str, Tensor]
+SAVE_SECONDS = 300
+LOG_STEPS = 20
+
+
+def seed_of(*parts: object) -> int:
+    """One stream of random numbers for each stage and step, whatever was done before."""
+    state = 14695981039346656037
+    for byte in '/'.join(map(str, parts)).encode():
+        state = (state ^ byte) * 1099511628211 % 2**64
+    return state % 2**63
+
+
+def load_weights(run: Path, networks: dict[str, nn.Module]) -> list[str]:
+    """Loads the newest weights of networks; the names of those that have none yet."""
+    missing = []
+    for name, network in networks.items():
+        path = run / 'weights' / f'{name}.safetensors'
+        if path.exists():
+            network.load_state_dict(load_file(path))
+        else:
+            missing.append(name)
+    return missing
+
+
+def save_weights(run: Path, networks: dict[str, nn.Module], average: dict[str, Tensor] | None) -> None:
+    (run / 'weights').mkdir(exist_ok=True)
+    for name, network in networks.items():
+        state = network.state_dict()
+        if average is not None:
+            state |= {key: average[f'{name}.{key}'] for key in state if f'{name}.{key}' in average}
+        path = run / 'weights' / f'{name}.safetensors'
+        save_file({key: value.contiguous() for key, value in state.items()}, f'{path}.partial')
+        os.replace(f'{path}.partial', path)
+
+
+class Trainer:
+    """Trains `networks` together.
+
+    `loss(batch)` gives metrics, of which `loss` is descended; `make(seed, held_out)` makes a batch, on another thread.
+    `rates` multiply the learning rate of networks, 1 by default. `average` is the decay of the moving average of weights
+    that is saved in their place, None for none.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        run: Path,
+        networks: dict[str, nn.Module],
+        make: Callable[[int, bool], object],
+        loss: Callable[[object], Metrics],
+        *,
+        rate: float,
+        rates: dict[str, float] | None = None,
+        decay: float = 0.02,
+        average: float | None = None,
+    ):
+        self.stage, self.run, self.networks, self.make, self.loss = stage, run, networks, make, loss
+        self.decay_of_average = average
+        groups = []
+        for name, network in networks.items():
+            factor = rate * (rates or {}).get(name, 1)
+            matrices = [p for p in network.parameters() if p.requires_grad and p.dim() > 1]
+            vectors = [p for p in network.parameters() if p.requires_grad and p.dim() <= 1]
+            groups.append({'params': matrices, 'weight_decay': decay, 'rate': factor})
+            groups.append({'params': vectors, 'weight_decay': 0.0, 'rate': factor})
+        self.optimizer = torch.optim.AdamW([group for group in groups if group['params']], lr=rate, betas=(0.9, 0.98))
+        self.step = 0
+        self.averages = None if average is None else {k: v.clone() for k, v in self._parameters()}
+        (run / 'logs').mkdir(parents=True, exist_ok=True)
+        self.checkpoint, self.log = run / f'{stage}.ckpt', run / 'logs' / f'{stage}.jsonl'
+
+    def train(self, steps: int, batch: int, seed: int, restart: bool = False) -> None:
+        """Goes on to `steps` of `batch` examples each. SIGINT and SIGTERM save, and end the program."""
+        if restart:
+            self.checkpoint.unlink(missing_ok=True)
+            self.log.unlink(missing_ok=True)
+        elif self.checkpoint.exists():
+            self._resume()
+        if self.step >= steps:
+            print(f'{self.stage}: {self.step} steps are done; --steps for more, --restart to begin anew')
+            return
+        count = sum(p.numel() for network in self.networks.values() for p in network.parameters())
+        print(f'{self.stage}: steps {self.step} to {steps} of {batch}, {count / 1e6:.2f} M parameters')
+
+        stopped = []
+        handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+        started = logged = saved = time.monotonic()
+        first, sums = self.step, {}
+        make = lambda step: self.make(seed_of(seed, self.stage, step), False)
+        try:
+            for data in prefetched(make, self.step, steps):
+                torch.manual_seed(seed_of(seed, self.stage, self.step, 'loss'))
+                metrics = self._descend(data, steps)
+                for key, value in metrics.items():
+                    sums[key] = sums.get(key, 0.0) + float(value)
+                self.step += 1
+                now = time.monotonic()
+                if self.step % LOG_STEPS == 0 or self.step == steps:
+                    ran = self.step % LOG_STEPS or LOG_STEPS
+                    ran = min(ran, self.step - first)
+                    line = {'step': self.step, **{key: value / ran for key, value in sums.items()}}
+                    line['examples_per_second'] = ran * batch / (now - logged)
+                    line['hours_left'] = (steps - self.step) * (now - started) / (self.step - first) / 3600
+                    logged, sums = now, {}
+                    self._write(line)
+                if now - saved > SAVE_SECONDS or self.step == steps or stopped:
+                    self._save(seed)
+                    saved = now
+                if stopped:
+                    raise SystemExit(f'{self.stage}: stopped after step {self.step}; the same command goes on')
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _descend(self, data: object, steps: int) -> Metrics:
+        warm = min(1.0, (self.step + 1) / min(200, max(1, steps // 10)))
+        # A cosine down to a twentieth.
+        factor = warm * (0.525 + 0.475 * math.cos(math.pi * self.step / steps))
+        for group in self.optimizer.param_groups:
+            group['lr'] = group['rate'] * factor
+        for network in self.networks.values():
+            network.train()
+        metrics = self.loss(data)
+        if not torch.isfinite(metrics['loss']):
+            raise SystemExit(f'{self.stage}: the loss of step {self.step} is {metrics["loss"]}; resume with a lower --rate')
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics['loss'].backward()
+        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g['params']], 1.0)
+        self.optimizer.step()
+        if self.averages is not None:
+            decay = min(self.decay_of_average, (self.step + 1) / (self.step + 10))
+            for name, parameter in self._parameters():
+                self.averages[name].lerp_(parameter.detach(), 1 - decay)
+        return {key: value.detach() for key, value in metrics.items()}
+
+    def _parameters(self):
+        for name, network in self.networks.items():
+            for key, parameter in network.named_parameters():
+                yield f'{name}.{key}', parameter.detach()
+
+    @torch.no_grad()
+    def _held_out(self, seed: int, batches: int = 4) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for i in range(batches):
+            torch.manual_seed(i)
+            for key, value in self.loss(self.make(seed_of(seed, self.stage, 'held out', i), True)).items():
+                sums[f'held_out_{key}'] = sums.get(f'held_out_{key}', 0.0) + float(value) / batches
+        return sums
+
+    def _save(self, seed: int) -> None:
+        state = {
+            'step': self.step,
+            'networks': {name: network.state_dict() for name, network in self.networks.items()},
+            'optimizer': self.optimizer.state_dict(),
+            'averages': self.averages,
+        }
+        torch.save(state, f'{self.checkpoint}.partial')
+        os.replace(f'{self.checkpoint}.partial', self.checkpoint)
+        save_weights(self.run, self.networks, self.averages)
+        self._write({'step': self.step, **self._held_out(seed)})
+        draw_curves(self.log)
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.step, self.averages = state['step'], state['averages']
+        for name, network in self.networks.items():
+            network.load_state_dict(state['networks'][name])
+        rates = [group['rate'] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state['optimizer'])
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group['rate'] = rate
+
+    def _write(self, line: dict[str, float]) -> None:
+        rounded = {key: float(f'{value:.5g}') if isinstance(value, float) else value for key, value in line.items()}
+        with self.log.open('a') as file:
+            file.write(json.dumps(rounded) + '\n')
+        print(self.stage, ' '.join(f'{key} {value:g}' for key, value in rounded.items()), flush=True)
+
+
+def draw_curves(log: Path) -> None:
+    """Every metric of a log over its steps, one under the other: `<stage>.png`."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key not in ('step', 'hours_left'):
+                series.setdefault(key, []).append((line['step'], value))
+    width, height, margin = 640, 90, 6
+    picture = Image.new('RGB', (width, height * len(series)), 'white')
+    draw = ImageDraw.Draw(picture)
+    last = max(line['step'] for line in lines)
+    for row, (key, points) in enumerate(series.items()):
+        values = [value for _, value in points]
+        low, high = min(values), max(values)
+        place = lambda step, value: (
+            margin + (width - 2 * margin) * step / last,
+            (row + 1) * height - margin - (height - 30) * (value - low) / ((high - low) or 1),
+        )
+        draw.line([place(*point) for point in points], fill=(30, 90, 200))
+        draw.text((margin, row * height + 4), f'{key}: {values[-1]:.4g} (from {low:.4g} to {high:.4g})', fill='black')
+        draw.line([(0, (row + 1) * height - 1), (width, (row + 1) * height - 1)], fill=(200, 200, 200))
+    picture.save(log.with_suffix('.png'))

@@ -1,0 +1,262 @@
+"""What the stages of the vision-language model learn from."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import CONVNEXT, DECODER, PIXELS, VISION
+from lessons import CHARACTERS, GRID, SLOTS, Labels, Lessons, normalised, stacked
+from networks.clip import ClipVision
+from networks.convnext import ConvNext, concatenated
+from networks.decoder import Decoder
+from networks.mining import Mining, Projector
+from trainer import Metrics
+from vocabulary import IMAGE, Vocabulary
+
+TOKENS = GRID * GRID
+MAP_WIDTH = sum(CONVNEXT['dims'])
+CROP = 64
+MOST_TEXT = 192  # ids of a conversation, pictures aside
+
+
+def build(vocabulary: Vocabulary) -> dict[str, nn.Module]:
+    """The networks that are shipped."""
+    return {
+        'convnext': ConvNext(CONVNEXT),
+        'vision': ClipVision(VISION),
+        'mining': Mining(VISION['hidden_size'], MAP_WIDTH),
+        'projector': Projector(VISION['hidden_size'], DECODER['hidden_size']),
+        'decoder': Decoder(DECODER | {'vocab_size': vocabulary.size}),
+    }
+
+
+def low_resolution(pixels: Tensor) -> Tensor:
+    """What the release makes of the high-resolution view for CLIP."""
+    return F.interpolate(pixels, size=VISION['image_size'], mode='bilinear', align_corners=False)
+
+
+def encode(networks: dict[str, nn.Module], pixels: Tensor) -> Tensor:
+    """pixels [B, 3, PIXELS, PIXELS], normalised -> the decoder's embeddings of the patches, [B, TOKENS, C]."""
+    tokens = networks['vision'](low_resolution(pixels))
+    mined = networks['mining'](tokens, networks['convnext'](pixels))
+    return networks['projector'](tokens + mined)
+
+
+def accuracy(logits: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:
+    right = (logits.argmax(-1) == target).float()
+    return right.mean() if where is None else right[where].mean() if where.any() else torch.ones(())
+
+
+class PatchHeads(nn.Module):
+    """Reads `Labels.patches` off the states of patches. Only there for training."""
+
+    def __init__(self, width: int, labels: Labels, characters: bool):
+        super().__init__()
+        kinds = len(labels.kinds) + 1
+        self.norm = nn.LayerNorm(width)
+        self.kind, self.centre = nn.Linear(width, kinds), nn.Linear(width, kinds)
+        self.colour = nn.Linear(width, len(labels.colours))
+        self.characters = nn.Linear(width, SLOTS * (len(CHARACTERS) + 1)) if characters else None
+
+    def forward(self, states: Tensor, labels: dict[str, Tensor]) -> Metrics:
+        """states [B, TOKENS, C] -> losses, and accuracies where there is something."""
+        x = self.norm(states)
+        kind, centre, colour = self.kind(x), self.centre(x), self.colour(x.mean(1))
+        losses = [
+            F.cross_entropy(kind.flatten(0, 1), labels['kind'].flatten()),
+            F.cross_entropy(centre.flatten(0, 1), labels['centre'].flatten()),
+            F.cross_entropy(colour, labels['colour']),
+        ]
+        metrics = {
+            'kind': accuracy(kind, labels['kind'], labels['kind'] > 0),
+            'centre': accuracy(centre, labels['centre'], labels['centre'] > 0),
+            'colour': accuracy(colour, labels['colour']),
+        }
+        if self.characters is not None:
+            read = self.characters(x).unflatten(-1, (SLOTS, -1))
+            target = labels['characters']
+            # Nearly every slot is empty: those that are not weigh ten times as much.
+            loss = F.cross_entropy(read.flatten(0, 2), target.flatten(), reduction='none')
+            weight = 1 + 9 * (target.flatten() > 0)
+            losses.append((loss * weight).sum() / weight.sum())
+            metrics['character'] = accuracy(read, target, target > 0)
+        return {'loss': torch.stack(losses).sum(), **metrics}
+
+
+class Scenes:
+    """Whole pictures and what each patch of them shows. The learner's two scenes of a lesson serve alike."""
+
+    def __init__(self, lessons: Lessons, held_out: Lessons, labels: Labels, batch: int):
+        self.lessons, self.held_out, self.labels, self.batch = lessons, held_out, labels, batch
+
+    def __call__(self, seed: int, held_out: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
+        pictures, labels = [], []
+        for _ in range(self.batch):
+            lesson, which = lessons[random.integers(len(lessons))], int(random.integers(2))
+            pictures.append(lessons.picture(lesson, which))
+            labels.append(self.labels.patches(lesson['scenes'][which]))
+        return normalised(pictures), stacked(labels)
+
+
+class Crops(Scenes):
+    """Squares of CROP pixels, half of them of objects and half around a character of a sign."""
+
+    def __call__(self, seed: int, held_out: bool) -> dict[str, Tensor]:
+        random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
+        rows: dict[str, list] = {'objects': [], 'kind': [], 'signs': [], 'at': [], 'character': []}
+        while len(rows['objects']) < self.batch // 2 or len(rows['signs']) < self.batch // 2:
+            lesson, which = lessons[random.integers(len(lessons))], int(random.integers(2))
+            picture, scene = lessons.picture(lesson, which), lesson['scenes'][which]
+            if len(rows['objects']) < self.batch // 2:
+                thing = scene['objects'][random.integers(len(scene['objects']))]
+                side = random.uniform(CROP, max(CROP, 1.2 * thing['size'] * PIXELS))
+                x, y = (thing[axis] * PIXELS + random.uniform(-8, 8) for axis in 'xy')
+                crop, _ = cropped(picture, x, y, round(side))
+                rows['objects'].append(crop)
+                rows['kind'].append(self.labels.kind_of[thing['kind']])
+            characters = self.labels.characters(scene)
+            if characters and len(rows['signs']) < self.batch // 2:
+                x, y, number = characters[random.integers(len(characters))]
+                x, y = x * PIXELS, y * PIXELS
+                # At the picture's own scale: letters are never seen larger than they are.
+                crop, (left, top) = cropped(picture, *(v + random.uniform(-20, 20) for v in (x, y)), CROP)
+                rows['signs'].append(crop)
+                rows['at'].append(((x - left) / CROP, (y - top) / CROP))
+                rows['character'].append(number)
+        return {
+            'objects': torch.cat([
+                F.interpolate(normalised([crop]), size=CROP, mode='bilinear', antialias=True) for crop in rows['objects']
+            ]),
+            'signs': normalised(rows['signs']),
+            'at': torch.tensor(rows['at'], dtype=torch.float32),
+            **{key: torch.tensor(rows[key]) for key in ('kind', 'character')},
+        }
+
+
+def cropped(picture: np.ndarray, x: float, y: float, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """The square of `side` around x, y, moved to lie in the picture; and its left and top."""
+    side = min(side, PIXELS)
+    left, top = (int(np.clip(round(v - side / 2), 0, PIXELS - side)) for v in (x, y))
+    return picture[top : top + side, left : left + side], (left, top)
+
+
+class CropHeads(nn.Module):
+    """What is on a crop: its object from the last map, a character from all maps at its place, as mining reads them."""
+
+    def __init__(self, labels: Labels):
+        super().__init__()
+        self.kind_norm, self.character_norm = nn.LayerNorm(CONVNEXT['dims'][-1]), nn.LayerNorm(MAP_WIDTH)
+        self.kind = nn.Linear(CONVNEXT['dims'][-1], len(labels.kinds) + 1)
+        self.character = nn.Linear(MAP_WIDTH, len(CHARACTERS) + 1)
+
+    def forward(self, convnext: nn.Module, batch: dict[str, Tensor]) -> Metrics:
+        kind = self.kind(self.kind_norm(convnext(batch['objects'])[-1].mean((1, 2))))
+        maps = concatenated(convnext(batch['signs'])).permute(0, 3, 1, 2)
+        places = (2 * batch['at'] - 1)[:, None, None]
+        x = F.grid_sample(maps, places, mode='bilinear', align_corners=False).flatten(1)
+        character = self.character(self.character_norm(x))
+        return {
+            'loss': F.cross_entropy(kind, batch['kind']) + F.cross_entropy(character, batch['character']),
+            'kind': accuracy(kind, batch['kind']),
+            'character': accuracy(character, batch['character']),
+        }
+
+
+class Oracle(nn.Module):
+    """Embeds what patches show, in place of vision: so the decoder learns to talk before there is anything to see with.
+
+    The mining stage then teaches the projector these very embeddings.
+    """
+
+    def __init__(self, labels: Labels):
+        super().__init__()
+        width, kinds = DECODER['hidden_size'], len(labels.kinds) + 1
+        self.kind, self.centre = nn.Embedding(kinds, width), nn.Embedding(kinds, width)
+        self.colour = nn.Embedding(len(labels.colours), width)
+        self.characters = nn.Embedding(SLOTS * (len(CHARACTERS) + 1), width)
+        self.position = nn.Embedding(TOKENS, width)
+        for table in self.children():
+            nn.init.normal_(table.weight, std=0.5 * width**-0.5)
+
+    def forward(self, labels: dict[str, Tensor]) -> Tensor:
+        """`Labels.patches` of B pictures -> [B, TOKENS, C]."""
+        slots = torch.arange(SLOTS) * (len(CHARACTERS) + 1)
+        return (
+            self.kind(labels['kind'])
+            + self.centre(labels['centre'])
+            + self.colour(labels['colour'])[:, None]
+            + self.characters(labels['characters'] + slots).sum(2)
+            + self.position.weight
+        )
+
+
+class Conversations(Scenes):
+    """Conversations of a lesson, those about one picture joined to longer ones, and the pictures or their labels."""
+
+    def __init__(self, lessons: Lessons, held_out: Lessons, vocabulary: Vocabulary, batch: int, pictures: bool):
+        super().__init__(lessons, held_out, vocabulary.labels, batch)
+        self.vocabulary, self.pictures = vocabulary, pictures
+
+    def __call__(self, seed: int, held_out: bool) -> dict[str, Tensor]:
+        random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
+        # All of a batch have as many pictures, so that little is padding.
+        count = int(random.choice([1, 2, 0], p=[0.75, 0.15, 0.1]))
+        rows, pixels, labels = [], [], []
+        while len(rows) < self.batch:
+            lesson = lessons[random.integers(len(lessons))]
+            fitting = [example for example in lesson['examples'] if len(example['pictures']) == count]
+            if not fitting:
+                continue
+            chosen = [fitting[i] for i in random.permutation(len(fitting))]
+            turns = self._fill(chosen if count == 1 else chosen[:1], count)
+            rows.append(self.vocabulary.conversation(turns, count))
+            for scene in chosen[0]['pictures']:
+                labels.append(self.labels.patches(lesson['scenes'][scene]))
+                if self.pictures:
+                    pixels.append(lessons.picture(lesson, scene))
+        return (
+            collate(rows)
+            | ({'pixels': normalised(pixels)} if pixels else {})
+            | ({'labels': stacked(labels)} if labels else {})
+        )
+
+    def _fill(self, examples: list[dict], count: int) -> list[dict]:
+        """Turns of as many examples as there is room for, the first one's at least."""
+        turns = examples[0]['turns']
+        for example in examples[1:]:
+            longer = turns + example['turns']
+            if len(self.vocabulary.conversation(longer, count)[0]) > MOST_TEXT:
+                break
+            turns = longer
+        return turns
+
+
+def collate(rows: list[tuple[list[int], list[bool]]]) -> dict[str, Tensor]:
+    """`ids` [B, T] padded, `IMAGE` once for each patch; `target` [B, T]: the next id where it is to be learnt, else -1."""
+    spread = [
+        [(id, learn) for id, learn in zip(*row) for _ in range(TOKENS if id == IMAGE else 1)] for row in rows
+    ]
+    length = max(map(len, spread)) - 1
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    target = torch.full((len(rows), length), -1)
+    for i, row in enumerate(spread):
+        ids[i, : len(row) - 1] = torch.tensor([id for id, _ in row[:-1]])
+        target[i, : len(row) - 1] = torch.tensor([id if learn else -1 for id, learn in row[1:]])
+    return {'ids': ids, 'target': target}
+
+
+def embedded(decoder: Decoder, ids: Tensor, features: Tensor | None) -> Tensor:
+    """ids [B, T], features [pictures, TOKENS, C] in the places of `IMAGE` -> [B, T, C]."""
+    embeds = decoder.embed(ids.clamp(min=0))
+    if features is None:
+        return embeds
+    return embeds.masked_scatter((ids == IMAGE)[..., None], features.to(embeds.dtype))
+
+
+def language_loss(decoder: Decoder, batch: dict[str, Tensor], features: Tensor | None) -> Metrics:
+    states = decoder(embedded(decoder, batch['ids'], features))
+    where = batch['target'] >= 0
+    logits, target = decoder.logits(states[where]), batch['target'][where]
+    return {'loss': F.cross_entropy(logits, target), 'token': accuracy(logits, target)}
