@@ -44,7 +44,8 @@ def build(vocabulary: Vocabulary) -> dict[str, nn.Module]:
 
 def centred(pictures: list[np.ndarray]) -> Tensor:
     """Bytes [S, S, 3] each -> [B, 3, S, S] in -1..1."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    # Copied because PyTorch's GroupNorm loses three digits on channels-last images of flat colours.
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
 def drawn(lessons: Lessons, lesson: dict) -> np.ndarray:

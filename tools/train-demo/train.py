@@ -34,6 +34,7 @@ class Context:
     vocabulary: Vocabulary
     batch: int
     rate: float
+    bf16: bool
     freeze_towers: bool
 
     def load(self, networks: dict[str, nn.Module], needed: set[str]) -> None:
@@ -49,7 +50,7 @@ class Context:
         return understanding.Conversations(self.lessons, self.held_out, self.vocabulary, self.batch, pictures)
 
     def trainer(self, stage: str, networks: dict[str, nn.Module], make, loss, **options) -> Trainer:
-        return Trainer(stage, self.run, networks, make, loss, rate=self.rate, **options)
+        return Trainer(stage, self.run, networks, make, loss, rate=self.rate, bf16=self.bf16, **options)
 
 
 def chosen(networks: dict[str, nn.Module], *names: str) -> dict[str, nn.Module]:
@@ -175,8 +176,8 @@ class Stage:
 STAGES = {
     'convnext': Stage(convnext, 3000, 64, 2e-3),
     'vision': Stage(vision, 8000, 32, 1e-3),
-    'text': Stage(text, 10000, 16, 1e-3),
-    'mining': Stage(mining, 8000, 16, 1e-3),
+    'text': Stage(text, 5000, 16, 1e-3),
+    'mining': Stage(mining, 6000, 16, 1e-3),
     'joint': Stage(joint, 8000, 16, 3e-4),
     'vae': Stage(vae, 6000, 16, 1e-3),
     'latents': Stage(latents),
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument('--rate', type=float, help='greatest learning rate')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--bf16', action='store_true', help='multiply in bf16: 1.4 to 2.2 times as fast where the CPU has avx512_bf16 or AMX')
     parser.add_argument('--freeze-towers', action='store_true', help='mining, joint: train neither ConvNeXt nor ViT')
     parser.add_argument('--restart', action='store_true', help='begin the stage anew, from the newest weights')
     arguments = parser.parse_args()
@@ -209,6 +211,7 @@ def main() -> None:
         Vocabulary(arguments.run),
         arguments.batch or stage.batch,
         arguments.rate or stage.rate,
+        arguments.bf16,
         arguments.freeze_towers,
     )
     trainer = stage.build(context)

@@ -60,7 +60,7 @@ class Trainer:
 
     `loss(batch)` gives metrics, of which `loss` is descended; `make(seed, held_out)` makes a batch, on another thread.
     `rates` multiply the learning rate of networks, 1 by default. `average` is the decay of the moving average of weights
-    that is saved in their place, None for none.
+    that is saved in their place, None for none. `bf16` multiplies matrices in bf16; weights and sums stay f32.
     """
 
     def __init__(
@@ -75,9 +75,10 @@ class Trainer:
         rates: dict[str, float] | None = None,
         decay: float = 0.02,
         average: float | None = None,
+        bf16: bool = False,
     ):
         self.stage, self.run, self.networks, self.make, self.loss = stage, run, networks, make, loss
-        self.decay_of_average = average
+        self.decay_of_average, self.bf16 = average, bf16
         groups = []
         for name, network in networks.items():
             factor = rate * (rates or {}).get(name, 1)
@@ -142,7 +143,7 @@ class Trainer:
             group['lr'] = group['rate'] * factor
         for network in self.networks.values():
             network.train()
-        metrics = self.loss(data)
+        metrics = self._loss(data)
         if not torch.isfinite(metrics['loss']):
             raise SystemExit(f'{self.stage}: the loss of step {self.step} is {metrics["loss"]}; resume with a lower --rate')
         self.optimizer.zero_grad(set_to_none=True)
@@ -155,6 +156,10 @@ class Trainer:
                 self.averages[name].lerp_(parameter.detach(), 1 - decay)
         return {key: value.detach() for key, value in metrics.items()}
 
+    def _loss(self, data: object) -> Metrics:
+        with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16):
+            return self.loss(data)
+
     def _parameters(self):
         for name, network in self.networks.items():
             for key, parameter in network.named_parameters():
@@ -165,7 +170,7 @@ class Trainer:
         sums: dict[str, float] = {}
         for i in range(batches):
             torch.manual_seed(i)
-            for key, value in self.loss(self.make(seed_of(seed, self.stage, 'held out', i), True)).items():
+            for key, value in self._loss(self.make(seed_of(seed, self.stage, 'held out', i), True)).items():
                 sums[f'held_out_{key}'] = sums.get(f'held_out_{key}', 0.0) + float(value) / batches
         return sums
 

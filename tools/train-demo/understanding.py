@@ -84,6 +84,14 @@ class PatchHeads(nn.Module):
         return {'loss': torch.stack(losses).sum(), **metrics}
 
 
+def seen(lessons: Lessons, lesson: dict, scene: int) -> np.ndarray:
+    """A lesson's picture, at the size that the model looks at."""
+    picture = lessons.picture(lesson, scene)
+    if len(picture) != PIXELS:
+        raise SystemExit(f'expected pictures of {PIXELS} pixels but found {len(picture)}: make the data with --pixels {PIXELS}')
+    return picture
+
+
 class Scenes:
     """Whole pictures and what each patch of them shows. The learner's two scenes of a lesson serve alike."""
 
@@ -95,7 +103,7 @@ class Scenes:
         pictures, labels = [], []
         for _ in range(self.batch):
             lesson, which = lessons[random.integers(len(lessons))], int(random.integers(2))
-            pictures.append(lessons.picture(lesson, which))
+            pictures.append(seen(lessons, lesson, which))
             labels.append(self.labels.patches(lesson['scenes'][which]))
         return normalised(pictures), stacked(labels)
 
@@ -108,7 +116,7 @@ class Crops(Scenes):
         rows: dict[str, list] = {'objects': [], 'kind': [], 'signs': [], 'at': [], 'character': []}
         while len(rows['objects']) < self.batch // 2 or len(rows['signs']) < self.batch // 2:
             lesson, which = lessons[random.integers(len(lessons))], int(random.integers(2))
-            picture, scene = lessons.picture(lesson, which), lesson['scenes'][which]
+            picture, scene = seen(lessons, lesson, which), lesson['scenes'][which]
             if len(rows['objects']) < self.batch // 2:
                 thing = scene['objects'][random.integers(len(scene['objects']))]
                 side = random.uniform(CROP, max(CROP, 1.2 * thing['size'] * PIXELS))
@@ -215,7 +223,7 @@ class Conversations(Scenes):
             for scene in chosen[0]['pictures']:
                 labels.append(self.labels.patches(lesson['scenes'][scene]))
                 if self.pictures:
-                    pixels.append(lessons.picture(lesson, scene))
+                    pixels.append(seen(lessons, lesson, scene))
         return (
             collate(rows)
             | ({'pixels': normalised(pixels)} if pixels else {})
