@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import { basename, join } from 'node:path'
 import * as z from 'zod'
 import { describe } from '../errors.ts'
@@ -110,8 +111,11 @@ export interface PipelineIndex {
 export function readPipelineIndex(folder: string): PipelineIndex {
   if (!isFolder(folder)) throw invalid(`expected a pipeline folder at ${folder} but found none`)
   const file = join(folder, 'model_index.json')
-  const json = readJson(file)
-  const index = parseWith(indexSchema, json, file)
+  if (!existsSync(file))
+    throw invalid(
+      `expected an SDXL pipeline in the layout of diffusers at ${folder} but found no model_index.json there`,
+    )
+  const index = parseWith(indexSchema, readJson(file), file)
   if (!PIPELINES.includes(index._class_name)) {
     throw unsupported(
       `expected ${PIPELINES.join(' or ')} for "_class_name" in ${file} but received ${describe(index._class_name)}`,

@@ -74,7 +74,12 @@ describe('loading', () => {
 
   it('says what this version does not do', async () => {
     expect((await load(vicuna.folder, { deviceMap: 'auto', device: 'cpu' })).code).toBe('INVALID_ARGUMENT')
-    expect((await load(vicuna.folder, { diffusion: vicuna.folder })).code).toBe('CHECKPOINT_INVALID')
+    expect(await load(vicuna.folder, { diffusion: vicuna.folder })).toMatchObject({
+      code: 'CHECKPOINT_INVALID',
+      message: expect.stringMatching(
+        /^expected an SDXL pipeline in the layout of diffusers at .* no model_index\.json there$/,
+      ),
+    })
     expect(await load(vicuna.folder, { device: 'cuda:1' })).toMatchObject({
       code: 'DEVICE_UNAVAILABLE',
       message: expect.stringContaining('"cuda:1"'),
