@@ -7,7 +7,8 @@ const schedules = process.env.MGM_TEST_FULL ? [1, 2, 3, 4, 5, 6, 7, 8] : [1, 2, 
 export default defineConfig({
   test: {
     globalSetup: ['test/global-setup.ts'],
-    testTimeout: 60_000,
+    // The cases of the full run are larger.
+    testTimeout: process.env.MGM_TEST_FULL ? 300_000 : 60_000,
     hookTimeout: 60_000,
     // Native compute uses every core already; more workers than cores only adds noise.
     maxWorkers: 2,
