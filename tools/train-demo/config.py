@@ -1,7 +1,7 @@
 """Sizes of the demo model, as the configs of the release that export.py writes."""
 
-# Of the high-resolution view, `image_size_aux`: 32 for each patch at 256. 384 makes letters half as large again (6 px, not 4)
-# and windows 12 x 12, for twice the time of all stages that see.
+# Of the high-resolution view, `image_size_aux`. 384 makes letters half as large again (6 px, not 4) and windows
+# 12 x 12, for about twice the time of all stages that see.
 PIXELS = 256
 DRAWN_PIXELS = 96
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import DRAWN_PIXELS, SCHEDULER, TEXT, TEXT_ACTS, UNET, VAE, VAE_SCALE
@@ -52,7 +51,8 @@ def drawn(lessons: Lessons, lesson: dict) -> np.ndarray:
     picture = lessons.picture(lesson, DRAWN)
     if len(picture) != DRAWN_PIXELS:
         raise SystemExit(
-            f'expected drawings of {DRAWN_PIXELS} pixels but found {len(picture)}: make the data with --drawnPixels {DRAWN_PIXELS}'
+            f'expected drawings of {DRAWN_PIXELS} pixels but found {len(picture)}: '
+            f'make the data with --drawnPixels {DRAWN_PIXELS}'
         )
     return picture
 
@@ -106,13 +106,24 @@ def write_latents(vae: Vae, lessons: Lessons, folder: Path, batch: int = 32) -> 
 class Drawings:
     """Latents, ids of their prompts for both text encoders, and which prompts are left out."""
 
-    def __init__(self, lessons: Lessons, held_out: Lessons, latents: tuple[Path, Path], vocabulary: Vocabulary, batch: int, scale: float):
+    def __init__(
+        self,
+        lessons: Lessons,
+        held_out: Lessons,
+        latents: tuple[Path, Path],
+        vocabulary: Vocabulary,
+        batch: int,
+        scale: float,
+    ):
         self.lessons = {False: lessons, True: held_out}
         self.latents = {held: np.load(path, mmap_mode='r') for held, path in zip((False, True), latents)}
         self.vocabulary, self.batch, self.scale = vocabulary, batch, scale
         for held, data in self.lessons.items():
             if len(data) != len(self.latents[held]):
-                raise SystemExit(f'expected latents of {len(data)} drawings but found {len(self.latents[held])}: run the latents stage again')
+                raise SystemExit(
+                    f'expected latents of {len(data)} drawings but found {len(self.latents[held])}: '
+                    'run the latents stage again'
+                )
 
     def __call__(self, seed: int, held_out: bool) -> dict[str, Tensor]:
         random, lessons = np.random.default_rng(seed), self.lessons[held_out]
@@ -154,7 +165,8 @@ def denoising_loss(networks: dict[str, nn.Module], batch: dict[str, Tensor]) -> 
     alpha = alphas()[steps][:, None, None, None]
     noise = torch.randn_like(latents)
     context, pooled = condition(networks, batch)
-    predicted = networks['unet'](alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, steps, context, pooled, time_ids(count))
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    predicted = networks['unet'](noisy, steps, context, pooled, time_ids(count))
     error = (predicted - noise).square().mean((1, 2, 3))
     ratio = (alpha / (1 - alpha)).flatten()
     return {'loss': (error * ratio.clamp(max=5) / ratio).mean(), 'noise': error.mean()}

@@ -3,7 +3,8 @@
     python export.py --run run --out demo --parity parity --data data/validation
     npx tsx tools/train-demo/parity.mts demo parity
 
-`demo` is the folder of the language model, as of the Gemma release; inside are `model_zoo` with the vision towers, and `sdxl`.
+`demo` is the folder of the language model, as of the Gemma release; `model_zoo`, with the vision towers, and `sdxl` lie
+in it.
 """
 
 import argparse
@@ -95,7 +96,8 @@ def mgm_config(vocabulary: Vocabulary) -> dict:
 def export_language(out: Path, vocabulary: Vocabulary, networks: dict[str, nn.Module]) -> int:
     config = mgm_config(vocabulary)
     write_json(out / 'config.json', config)
-    write_json(out / 'generation_config.json', {key: config[key] for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')})
+    ids = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+    write_json(out / 'generation_config.json', {key: config[key] for key in ids})
     shutil.copyfile(vocabulary.folder / 'tokenizer.json', out / 'tokenizer.json')
     write_json(out / 'tokenizer_config.json', gemma_tokenizer_config())
     roles = {'bos_token': BOS, 'eos_token': EOS, 'pad_token': PAD, 'unk_token': UNK}
@@ -106,7 +108,8 @@ def export_language(out: Path, vocabulary: Vocabulary, networks: dict[str, nn.Mo
         tensors |= {f'model.{key}': value for key, value in networks[name].state_dict().items()}
     file = 'model-00001-of-00001.safetensors'
     size = write_weights(out / file, tensors)
-    write_json(out / 'model.safetensors.index.json', {'metadata': {'total_size': size}, 'weight_map': dict.fromkeys(tensors, file)})
+    index = {'metadata': {'total_size': size}, 'weight_map': dict.fromkeys(tensors, file)}
+    write_json(out / 'model.safetensors.index.json', index)
     return size
 
 
@@ -214,7 +217,9 @@ PROMPTS = ('a fox and two boats on a blue background', 'An unknownword, 42 zebra
 
 
 @torch.no_grad()
-def write_parity(folder: Path, vocabulary: Vocabulary, networks: dict[str, nn.Module], lessons: Lessons, scale: float) -> None:
+def write_parity(
+    folder: Path, vocabulary: Vocabulary, networks: dict[str, nn.Module], lessons: Lessons, scale: float
+) -> None:
     """Inputs, and what the networks make of them with the weights as exported."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -235,8 +240,8 @@ def write_parity(folder: Path, vocabulary: Vocabulary, networks: dict[str, nn.Mo
     ids, _ = vocabulary.conversation([{key: turns[0][key] for key in ('task', 'question')}], 1)
     decoder, generated = networks['decoder'], []
     for _ in range(GREEDY):
-        spread = [id for id in [*ids, *generated] for _ in range(understanding.TOKENS if id == understanding.IMAGE else 1)]
-        states = decoder(understanding.embedded(decoder, torch.tensor([spread]), features))
+        prompt = understanding.spread([*ids, *generated])
+        states = decoder(understanding.embedded(decoder, torch.tensor([prompt]), features))
         logits = decoder.logits(states[0, -1])
         tensors.setdefault('logits', logits)
         generated.append(int(logits.argmax()))
@@ -288,13 +293,15 @@ def main() -> None:
     networks = understanding.build(vocabulary) | drawing.build(vocabulary)
     missing = load_weights(arguments.run, networks)
     if missing and not arguments.random:
-        raise SystemExit(f'expected weights of {", ".join(missing)} in {arguments.run} but found none; --random leaves them random')
+        raise SystemExit(
+            f'expected weights of {", ".join(missing)} in {arguments.run} but found none; --random leaves them random'
+        )
+    if 'unet' in missing:
+        # Its last layer begins as zeros, which would agree with anything.
+        nn.init.normal_(networks['unet'].conv_out.weight, std=0.05)
     for network in networks.values():
         network.eval().requires_grad_(False)
         network.load_state_dict({key: value.half().float() for key, value in network.state_dict().items()})
-    if 'unet' in missing:
-        # Its last layer begins as zeros, which would agree with anything.
-        nn.init.normal_(networks['unet'].conv_out.weight, std=0.0625).copy_(networks['unet'].conv_out.weight.half().float())
     scale_file = arguments.run / 'latents' / 'scale.json'
     scale = json.loads(scale_file.read_text())['scaling_factor'] if scale_file.exists() else 1.0
 

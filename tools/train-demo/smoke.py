@@ -1,4 +1,4 @@
-"""Every stage for a few steps, a stop and a resume, the export and its parity with the library: about five minutes.
+"""Every stage for a few steps, a stop and a resume, the export and its parity with the library: one to three minutes.
 
     npx tsx lib/demo/make-dataset.ts /tmp/data --count 200 --drawnPixels 96
     python tools/train-demo/smoke.py --data /tmp/data
@@ -39,7 +39,8 @@ def main() -> None:
         python('vocabulary.py', '--data', data, '--run', run)
 
         def train(stage: str, steps: int, *options: str) -> None:
-            python('train.py', stage, '--data', data, '--held-out', data, '--run', run, '--steps', steps, '--batch', 4, *options)
+            places = ('--data', data, '--held-out', data, '--run', run)
+            python('train.py', stage, *places, '--steps', steps, '--batch', 4, *options)
             if stage != 'latents':
                 assert last_step(run, stage) == steps, f'{stage} ended at step {last_step(run, stage)}, not {steps}'
 

@@ -2,8 +2,8 @@
 
     python train.py convnext --data data/train --held-out data/validation --run run
 
-Stages, in their order: convnext, vision, text, mining, joint; vae, latents, draw. Each goes on where it was stopped, and
-starts from the newest weights of what earlier ones trained. README.md says how long they take and what to look at.
+Stages, in their order: convnext, vision, text, mining, joint; vae, latents, draw. Each goes on where it was stopped,
+and starts from the newest weights of what earlier ones trained. README.md says how long they take and what to look at.
 """
 
 import argparse
@@ -41,7 +41,8 @@ class Context:
         """Loads what there is; `needed` are networks that an earlier stage must have trained."""
         missing = needed & set(load_weights(self.run, networks))
         if missing:
-            raise SystemExit(f'expected weights of {", ".join(sorted(missing))} in {self.run} but found none: train the earlier stages first')
+            names = ', '.join(sorted(missing))
+            raise SystemExit(f'expected weights of {names} in {self.run} but found none: train earlier stages first')
 
     def scenes(self, kind: type[understanding.Scenes] = understanding.Scenes) -> understanding.Scenes:
         return kind(self.lessons, self.held_out, self.vocabulary.labels, self.batch)
@@ -136,7 +137,8 @@ def vae(context: Context) -> Trainer:
     networks = chosen(drawing.build(context.vocabulary), 'vae')
     context.load(networks, set())
     make = drawing.Pictures(context.lessons, context.held_out, context.batch)
-    return context.trainer('vae', networks, make, lambda pixels: drawing.vae_loss(networks['vae'], pixels), average=0.999)
+    loss = lambda pixels: drawing.vae_loss(networks['vae'], pixels)
+    return context.trainer('vae', networks, make, loss, average=0.999)
 
 
 def latents_of(context: Context) -> tuple[Path, Path]:
@@ -195,8 +197,8 @@ def main() -> None:
     parser.add_argument('--batch', type=int)
     parser.add_argument('--rate', type=float, help='greatest learning rate')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--bf16', action='store_true', help='multiply in bf16: 1.4 to 2.2 times as fast where the CPU has avx512_bf16 or AMX')
+    parser.add_argument('--threads', type=int, default=1, help='two chains of stages side by side use two cores better')
+    parser.add_argument('--bf16', action='store_true', help='multiply in bf16; faster where the CPU can')
     parser.add_argument('--freeze-towers', action='store_true', help='mining, joint: train neither ConvNeXt nor ViT')
     parser.add_argument('--restart', action='store_true', help='begin the stage anew, from the newest weights')
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """The loop of every stage: seeded, stopped and resumed at will, logged.
 
-A run is a folder. `weights/<network>.safetensors` is the newest of each network, which every stage starts from and export.py
-reads; `<stage>.ckpt` is what a stopped stage goes on from; `logs/<stage>.jsonl` and `.png` say how it went.
+A run is a folder. `weights/<network>.safetensors` is the newest of each network, which every stage starts from and
+export.py reads; `<stage>.ckpt` is what a stopped stage goes on from; `logs/<stage>.jsonl` and `.png` say how it went.
 """
 
 import json
@@ -59,8 +59,8 @@ class Trainer:
     """Trains `networks` together.
 
     `loss(batch)` gives metrics, of which `loss` is descended; `make(seed, held_out)` makes a batch, on another thread.
-    `rates` multiply the learning rate of networks, 1 by default. `average` is the decay of the moving average of weights
-    that is saved in their place, None for none. `bf16` multiplies matrices in bf16; weights and sums stay f32.
+    `rates` multiply the learning rate of networks, 1 by default. `average` is the decay of the moving average of
+    weights that is saved in their place, None for none. `bf16` multiplies matrices in bf16; weights and sums stay f32.
     """
 
     def __init__(
@@ -145,7 +145,8 @@ class Trainer:
             network.train()
         metrics = self._loss(data)
         if not torch.isfinite(metrics['loss']):
-            raise SystemExit(f'{self.stage}: the loss of step {self.step} is {metrics["loss"]}; resume with a lower --rate')
+            loss = float(metrics['loss'])
+            raise SystemExit(f'{self.stage}: the loss of step {self.step} is {loss}; resume with a lower --rate')
         self.optimizer.zero_grad(set_to_none=True)
         metrics['loss'].backward()
         torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g['params']], 1.0)

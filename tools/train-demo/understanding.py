@@ -88,7 +88,9 @@ def seen(lessons: Lessons, lesson: dict, scene: int) -> np.ndarray:
     """A lesson's picture, at the size that the model looks at."""
     picture = lessons.picture(lesson, scene)
     if len(picture) != PIXELS:
-        raise SystemExit(f'expected pictures of {PIXELS} pixels but found {len(picture)}: make the data with --pixels {PIXELS}')
+        raise SystemExit(
+            f'expected pictures of {PIXELS} pixels but found {len(picture)}: make the data with --pixels {PIXELS}'
+        )
     return picture
 
 
@@ -134,9 +136,12 @@ class Crops(Scenes):
                 rows['at'].append(((x - left) / CROP, (y - top) / CROP))
                 rows['character'].append(number)
         return {
-            'objects': torch.cat([
-                F.interpolate(normalised([crop]), size=CROP, mode='bilinear', antialias=True) for crop in rows['objects']
-            ]),
+            'objects': torch.cat(
+                [
+                    F.interpolate(normalised([crop]), size=CROP, mode='bilinear', antialias=True)
+                    for crop in rows['objects']
+                ]
+            ),
             'signs': normalised(rows['signs']),
             'at': torch.tensor(rows['at'], dtype=torch.float32),
             **{key: torch.tensor(rows[key]) for key in ('kind', 'character')},
@@ -241,17 +246,22 @@ class Conversations(Scenes):
         return turns
 
 
-def collate(rows: list[tuple[list[int], list[bool]]]) -> dict[str, Tensor]:
-    """`ids` [B, T] padded, `IMAGE` once for each patch; `target` [B, T]: the next id where it is to be learnt, else -1."""
-    spread = [
-        [(id, learn) for id, learn in zip(*row) for _ in range(TOKENS if id == IMAGE else 1)] for row in rows
+def spread(ids: list[int], values: list[int] | None = None) -> list[int]:
+    """`values`, or the ids themselves, with those at an `IMAGE` repeated for each of its patches."""
+    return [
+        value for id, value in zip(ids, ids if values is None else values) for _ in range(TOKENS if id == IMAGE else 1)
     ]
-    length = max(map(len, spread)) - 1
+
+
+def collate(rows: list[tuple[list[int], list[bool]]]) -> dict[str, Tensor]:
+    """`ids` [B, T] padded, `IMAGE` for each patch; `target` [B, T]: the next id where it is to be learnt, else -1."""
+    targets = [spread(ids, [id if learn else -1 for id, learn in zip(ids, learnt)]) for ids, learnt in rows]
+    length = max(map(len, targets)) - 1
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     target = torch.full((len(rows), length), -1)
-    for i, row in enumerate(spread):
-        ids[i, : len(row) - 1] = torch.tensor([id for id, _ in row[:-1]])
-        target[i, : len(row) - 1] = torch.tensor([id if learn else -1 for id, learn in row[1:]])
+    for i, (row, wanted) in enumerate(zip(rows, targets)):
+        ids[i, : len(wanted) - 1] = torch.tensor(spread(row[0])[:-1])
+        target[i, : len(wanted) - 1] = torch.tensor(wanted[1:])
     return {'ids': ids, 'target': target}
 
 

@@ -188,7 +188,7 @@ class Vocabulary:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, required=True, help='folder of shards; a few thousand lessons have every word')
+    parser.add_argument('--data', type=Path, required=True, help='shards; a few thousand lessons have every word')
     parser.add_argument('--run', type=Path, required=True)
     arguments = parser.parse_args()
 

@@ -1,1 +1,1 @@
-"""The demo model's networks as lib/models computes them. Modules are named as in the releases, so `state_dict` is the file."""
+"""The networks of the demo model as lib/models computes them, named as in the releases: `state_dict` is the file."""

@@ -26,7 +26,7 @@ class Resnet(nn.Module):
 
 
 class Sampler(nn.Module):
-    """The convolution before which an image is doubled, or by which it is halved; `pad` is (left, right, top, bottom)."""
+    """The convolution that follows doubling, or halves an image; `pad` is (left, right, top, bottom)."""
 
     def __init__(self, width: int, up: bool, pad: tuple[int, int, int, int] = (1, 1, 1, 1)):
         super().__init__()

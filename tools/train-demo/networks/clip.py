@@ -62,7 +62,7 @@ class _VisionEmbeddings(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """`vision_config` of a CLIP checkpoint; the selected state is that of the last layer (`mm_vision_select_layer` -1)."""
+    """`vision_config` of a CLIP checkpoint; the selected state is the last layer's (`mm_vision_select_layer` -1)."""
 
     def __init__(self, config: dict):
         super().__init__()

@@ -87,7 +87,9 @@ class Decoder(nn.Module):
         nn.init.normal_(self.model['embed_tokens'].weight, std=width**-0.5)
         for name, weight in self.model['layers'].named_parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02 / (2 * depth) ** 0.5 if name.endswith(('o_proj.weight', 'down_proj.weight')) else 0.02)
+                # What is added to the residual is smaller the more there is of it (GPT-2).
+                adds = name.endswith(('o_proj.weight', 'down_proj.weight'))
+                nn.init.normal_(weight, std=0.02 / (2 * depth) ** 0.5 if adds else 0.02)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model['embed_tokens'](ids)

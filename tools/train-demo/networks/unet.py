@@ -127,7 +127,7 @@ class Unet(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, time_ids: Tensor) -> Tensor:
-        """latents [B, 4, h, w], timesteps [B], context [B, 77, D], pooled [B, P], time_ids [B, 6] -> the noise, as latents."""
+        """latents [B, 4, h, w], timesteps [B], context [B, 77, D], pooled [B, P], time_ids [B, 6] -> the noise."""
         sizes = sinusoids(time_ids, self.config['addition_time_embed_dim']).flatten(1)
         embed = lambda layers, x: layers['linear_2'](F.silu(layers['linear_1'](x)))
         time = embed(self.time_embedding, sinusoids(timesteps, self.config['block_out_channels'][0]))
