@@ -8,7 +8,14 @@ import type { Answer } from './engine/answer.ts'
 import { Engine, type EngineMetrics, type EngineRequest } from './engine/engine.ts'
 import { follow } from './engine/follow.ts'
 import type { ImageStep, ImageTimings } from './engine/image-queue.ts'
-import { availableMemory, diffusionBytes, placeLayers, planPages, weightBytes } from './engine/memory.ts'
+import {
+  availableMemory,
+  diffusionBytes,
+  formatBytes,
+  placeLayers,
+  planPages,
+  weightBytes,
+} from './engine/memory.ts'
 import { PictureReader } from './engine/pictures.ts'
 import { randomSeed } from './engine/sampler.ts'
 import { expected, MgmError, throwIfAborted } from './errors.ts'
@@ -224,7 +231,7 @@ export class MiniGemini {
       )
       // Text and images take turns, so the larger of the two is what there must be.
       const workFor = (images: number) =>
-        Math.max(textWork, diffusion ? Sdxl.bytesAt(diffusion, activations, images) : 0)
+        Math.max(textWork, diffusion ? Sdxl.bytesAt(diffusion, activations, { images }) : 0)
       let maxImages = checked.maxImages ?? DEFAULT_MAX_IMAGES
       const room = available[0]! - weights.total - generator
       if (checked.maxImages === undefined) while (maxImages > 1 && workFor(maxImages) > room / 2) maxImages--
@@ -495,6 +502,18 @@ export class MiniGemini {
     return { sdxl, schedule: sdxl.schedule({ steps, sampler, karras, strength }), steps, strength }
   }
 
+  /** Before the system would run out, which no error can tell of. */
+  #checkRoom(sdxl: Sdxl, width: number, height: number): void {
+    const needed = Sdxl.bytesAt(sdxl.checkpoint, sdxl.activations, { images: 1, height, width })
+    const { available, reserved } = sdxl.device.memory()
+    const room = sdxl.device.name === 'cpu' ? Math.min(available, availableMemory() + reserved) : available
+    if (needed > room)
+      throw new MgmError(
+        'OUT_OF_MEMORY',
+        `an image of ${width} x ${height} needs ${formatBytes(needed)} but ${formatBytes(room)} are available; ask for a smaller one`,
+      )
+  }
+
   async #draw(prompt: string, options: DrawOptions): Promise<Omit<ImagineResult, 'prompt'>> {
     const { sdxl, schedule, steps, strength } = this.#generator(options)
     const { signal, count = 1, format = 'png', guidance = DEFAULT_GUIDANCE, previews = false } = options
@@ -508,6 +527,7 @@ export class MiniGemini {
             { signal },
           )
     const { width = sdxl.defaultSize, height = sdxl.defaultSize } = canvas ?? options
+    this.#checkRoom(sdxl, width, height)
     if (previews && options.onStep) await sdxl.preparePreviews()
     const guided = guidance > 1
     const first = options.seed ?? Math.floor(Math.random() * 2 ** 48)
@@ -523,6 +543,11 @@ export class MiniGemini {
         seed: BigInt(seed),
         image: canvas?.pixels,
       })),
+      // What was planned for so many images of the default size.
+      together: Math.max(
+        1,
+        Math.floor((this.#engine.options.maxImages! * sdxl.defaultSize ** 2) / (width * height)),
+      ),
       previews,
       onStep: options.onStep,
       signal,

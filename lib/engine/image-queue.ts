@@ -43,6 +43,8 @@ export interface ImageRequest {
   readonly key: string
   /** One for each image. */
   readonly items: readonly DenoiseItem[]
+  /** Most images of this plan to be denoised together, if fewer than the queue's. */
+  readonly together?: number | undefined
   readonly signal: AbortSignal
   /** After each step of an image. If it throws, the request ends with that error. */
   readonly onStep?: ((step: ImageStep) => void) | undefined
@@ -180,7 +182,8 @@ export class ImageQueue {
     const first = this.#waiting[0]
     if (!first) return
     const fits = (entry: Entry) => entry === first || (!first.alone && !entry.alone && matches(entry, first))
-    const chosen = this.#waiting.filter(fits).slice(0, this.#options.maxImages)
+    const most = Math.min(this.#options.maxImages, first.request.together ?? Number.POSITIVE_INFINITY)
+    const chosen = this.#waiting.filter(fits).slice(0, most)
     this.#waiting = this.#waiting.filter(entry => !chosen.includes(entry))
     const now = performance.now()
     for (const entry of chosen) {

@@ -129,23 +129,30 @@ export class Sdxl {
   }
 
   /**
-   * Bytes of activations that drawing `images` together takes at most, guided and of the default size: beside what a UNet
-   * call or the decoding of one image needs, the keys and values of all prompts.
+   * Bytes of activations that drawing `images` together takes at most, guided, of the default size if none is given (pixels):
+   * beside what a UNet call or the decoding of one image needs, the keys and values of all prompts.
    */
-  static bytesAt(checkpoint: DiffusionCheckpoint, activations: ActivationType, images: number): number {
+  static bytesAt(
+    checkpoint: DiffusionCheckpoint,
+    activations: ActivationType,
+    { images, height, width }: { images: number; height?: number; width?: number },
+  ): number {
     const { unet, vae } = checkpoint
-    const size = defaultSize(checkpoint)
-    const [side, halves] = [unet.config.sample_size, 2 * images]
+    const scale = vaeScale(vae.config)
+    const [high, wide] = [height ?? defaultSize(checkpoint), width ?? defaultSize(checkpoint)]
+    const halves = 2 * images
     const widths = unet.weights
       .entries()
       .filter(({ name }) => /\.attn2\.to_[kv]\.weight$/.test(name))
       .reduce((sum, { shape }) => sum + shape[0]!, 0)
     const prompts = halves * CLIP_TOKENS * widths * (activations === 'f32' ? 4 : 2)
+    const latents = { images: halves, height: high / scale, width: wide / scale }
+    const image = { height: high, width: wide }
     return (
       prompts +
       Math.max(
-        Unet.bytesAt(unet.config, activations, { images: halves, height: side, width: side }),
-        Vae.bytesAt(vae.config, vaeActivations(checkpoint, activations), { height: size, width: size }),
+        Unet.bytesAt(unet.config, activations, latents),
+        Vae.bytesAt(vae.config, vaeActivations(checkpoint, activations), image),
       )
     )
   }

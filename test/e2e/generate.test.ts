@@ -228,6 +228,22 @@ describe('images', () => {
       expect(found).toContain(message)
     })
 
+    it('refuses an image that memory cannot hold, and draws the next', async () => {
+      const tight = await MiniGemini.load(vicuna.folder, { ...small, diffusion, memoryLimit: 64 * 2 ** 20 })
+      try {
+        const { code, message } = await rejection(
+          tight.imagine({ prompt, width: 2048, height: 2048, steps: 1 }),
+        )
+        expect(code).toBe('OUT_OF_MEMORY')
+        expect(message).toMatch(
+          /^an image of 2048 x 2048 needs [\d.]+ MiB but [\d.]+ MiB are available; ask for a smaller one$/,
+        )
+        expect((await tight.imagine({ prompt, ...quick })).images).toHaveLength(1)
+      } finally {
+        await tight.close()
+      }
+    })
+
     it('says what is wrong with a picture to start from', async () => {
       expect(await rejection(mgm.imagine({ prompt, image: 'nowhere.png' }))).toMatchObject({
         code: 'IMAGE_INVALID',

@@ -88,6 +88,7 @@ interface Ask {
   signal?: AbortSignal
   onStep?: (step: ImageStep) => void
   previews?: boolean
+  together?: number
 }
 
 function start(options: { maxImages?: number; maxQueue?: number } = {}) {
@@ -145,7 +146,10 @@ describe('ImageQueue', () => {
   it('never puts more than maxImages together', async () => {
     const { model, draw } = start({ maxImages: 2 })
     expect(values(await draw({ seeds: [1, 2, 3, 4, 5], steps: 1 }))).toEqual([2, 3, 4, 5, 6])
-    expect(model.log.filter(line => line.startsWith('begin'))).toEqual(['begin 1,2', 'begin 3,4', 'begin 5'])
+    const begins = () => model.log.splice(0).filter(line => line.startsWith('begin'))
+    expect(begins()).toEqual(['begin 1,2', 'begin 3,4', 'begin 5'])
+    await draw({ seeds: [6, 7], together: 1 })
+    expect(begins()).toEqual(['begin 6', 'begin 7'])
   })
 
   it('reports each step, with previews where asked for', async () => {

@@ -210,7 +210,7 @@ describe('SDXL as the reference', () => {
     const { used, peak } = fresh.memory()
     expect(peak).toBeGreaterThan(before.peak)
     // The text encoders' work and the latents are not in the estimate, and memory is pooled in steps of up to a quarter.
-    const share = (peak - before.used) / Sdxl.bytesAt(checkpoint, 'f32', 2)
+    const share = (peak - before.used) / Sdxl.bytesAt(checkpoint, 'f32', { images: 2 })
     expect(share).toBeGreaterThan(0.9)
     expect(share).toBeLessThan(1.5)
     run.dispose()

@@ -1,7 +1,7 @@
 """Every stage for a few steps, a stop and a resume, the export and its parity with the library: one to three minutes.
 
-    npx tsx lib/demo/make-dataset.ts /tmp/data --count 200 --drawnPixels 96
-    python tools/train-demo/smoke.py --data /tmp/data
+    npx tsx lib/demo/make-dataset.ts data/smoke --count 200 --drawnPixels 96
+    python tools/train-demo/smoke.py --data data/smoke
 
 Weights are random but for those few steps: this shows that the tool works, not that the model learns.
 """
