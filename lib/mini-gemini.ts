@@ -5,7 +5,7 @@ import { type ResolveOptions, resolveCheckpoint } from './checkpoint/hub.ts'
 import { type Checkpoint, openCheckpoint, readMgmConfig } from './checkpoint/weights.ts'
 import { Device } from './device.ts'
 import type { Answer } from './engine/answer.ts'
-import { Engine, type EngineMetrics, type EngineRequest } from './engine/engine.ts'
+import { Engine, type EngineMetrics, type EngineRequest, noGenerator } from './engine/engine.ts'
 import { follow } from './engine/follow.ts'
 import type { ImageStep, ImageTimings } from './engine/image-queue.ts'
 import {
@@ -327,13 +327,13 @@ export class MiniGemini {
   }
 
   /** `chat`, with the text as it comes; the deltas joined are `answer.text`. Leaving the loop aborts the request. */
-  stream(request: ChatRequest): AsyncGenerator<StreamEvent, void, undefined> {
-    const prepare = () => this.#prepare(request)
-    return follow<StreamEvent>(
-      request?.signal,
+  async *stream(request: ChatRequest): AsyncGenerator<StreamEvent, void, undefined> {
+    const prepared = this.#prepare(request)
+    yield* follow<StreamEvent>(
+      prepared.signal,
       async (emit, signal) => {
         const onText = (delta: string) => emit({ type: 'text', delta })
-        return { type: 'done', answer: await this.#engine.generate({ ...prepare(), signal, onText }) }
+        return { type: 'done', answer: await this.#engine.generate({ ...prepared, signal, onText }) }
       },
       mergeText,
     )
@@ -346,15 +346,16 @@ export class MiniGemini {
    * @throws MgmError as `chat` and `imagine`
    */
   async generate(request: GenerateRequest): Promise<GenerateResult> {
-    return this.#generate(request, {})
+    return this.#generate(parseGenerateRequest(request), {})
   }
 
   /** `generate`, with text and steps as they come. Leaving the loop aborts the request. */
-  streamGenerate(request: GenerateRequest): AsyncGenerator<GenerateEvent, void, undefined> {
-    return follow<GenerateEvent>(
-      request?.signal,
+  async *streamGenerate(request: GenerateRequest): AsyncGenerator<GenerateEvent, void, undefined> {
+    const checked = parseGenerateRequest(request)
+    yield* follow<GenerateEvent>(
+      checked.signal,
       async (emit, signal) => {
-        const result = await this.#generate(request, {
+        const result = await this.#generate(checked, {
           signal,
           onText: delta => emit({ type: 'text', delta }),
           onPrompt: prompt => emit({ type: 'prompt', prompt }),
@@ -451,7 +452,7 @@ export class MiniGemini {
   }
 
   async #generate(
-    value: GenerateRequest,
+    request: GenerateRequest,
     watch: {
       signal?: AbortSignal
       onText?: (delta: string) => void
@@ -459,7 +460,6 @@ export class MiniGemini {
       onStep?: (step: ImageStep) => void
     },
   ): Promise<GenerateResult> {
-    const request = parseGenerateRequest(value)
     const { messages, negativePrompt, width, height, steps, guidance, sampler, karras, ...rest } = request
     const { count, image, strength, format, quality, previews, onStep, ...chat } = rest
     const signal = watch.signal ?? request.signal
@@ -492,11 +492,7 @@ export class MiniGemini {
   } {
     if (this.#closing) throw new MgmError('CLOSED', 'the model is closed')
     const sdxl = this.#sdxl
-    if (!sdxl)
-      throw new MgmError(
-        'UNSUPPORTED',
-        'expected a model with an image generator but none was loaded: give load() the option diffusion',
-      )
+    if (!sdxl) throw noGenerator()
     const { steps = DEFAULT_STEPS, sampler, karras } = options
     const strength = options.image === undefined ? undefined : (options.strength ?? DEFAULT_STRENGTH)
     return { sdxl, schedule: sdxl.schedule({ steps, sampler, karras, strength }), steps, strength }
@@ -622,7 +618,7 @@ export class MiniGemini {
   }
 }
 
-/** Text deltas are joined, and a step makes those before it old news. */
+/** Text deltas that nobody has taken yet are joined. */
 function mergeText<E extends { type: string; delta?: string }>(last: E, next: E): E | undefined {
   return last.type === 'text' && next.type === 'text'
     ? { ...last, delta: last.delta! + next.delta! }

@@ -166,7 +166,7 @@ function systemOf(command: ChatCommand): ChatMessage[] {
   return command.system === undefined ? [] : [{ role: 'system', content: command.system }]
 }
 
-function userMessage(images: readonly string[], text: string): ChatMessage {
+export function userMessage(images: readonly string[], text: string): ChatMessage {
   return {
     role: 'user',
     content: [...images.map(image => ({ type: 'image' as const, image })), { type: 'text' as const, text }],

@@ -1,13 +1,14 @@
 import { statSync } from 'node:fs'
 import { writeFile } from 'node:fs/promises'
 import { basename, dirname, extname, join } from 'node:path'
-import cliProgress from 'cli-progress'
+import type { SingleBar } from 'cli-progress'
 import type { ImageStep } from '../engine/image-queue.ts'
 import { expected, MgmError } from '../errors.ts'
 import { type GenerateResult, type ImagineResult, MiniGemini } from '../mini-gemini.ts'
 import type { ImageFormat } from '../processing/encode.ts'
 import type { ChatRequest, DrawOptions, LoadOptions } from '../request.ts'
-import { checkImage, EXIT, Interrupts, LoadProgress, printable } from './terminal.ts'
+import { userMessage } from './chat.ts'
+import { checkImage, EXIT, Interrupts, LoadProgress, printable, progressBar } from './terminal.ts'
 
 export interface GenerateCommand {
   checkpoint: string
@@ -74,11 +75,7 @@ export async function generate(command: GenerateCommand): Promise<number> {
 }
 
 async function ask(mgm: MiniGemini, command: GenerateCommand, draw: DrawOptions): Promise<GenerateResult> {
-  const content = [
-    ...command.images.map(image => ({ type: 'image' as const, image })),
-    { type: 'text' as const, text: command.prompt },
-  ]
-  const request = { ...command.chat, ...draw, messages: [{ role: 'user' as const, content }] }
+  const request = { ...command.chat, ...draw, messages: [userMessage(command.images, command.prompt)] }
   for await (const event of mgm.streamGenerate(request)) {
     if (event.type === 'text' && !command.json && !command.quiet) process.stdout.write(printable(event.delta))
     if (event.type === 'prompt' && !command.json && !command.quiet) process.stdout.write('\n')
@@ -122,7 +119,7 @@ function fileName(output: string, index: number): string {
 class StepProgress {
   readonly #enabled: boolean
   readonly #steps = new Map<number, number>()
-  #bar: cliProgress.SingleBar | undefined
+  #bar: SingleBar | undefined
 
   constructor(enabled: boolean) {
     this.#enabled = enabled
@@ -134,14 +131,7 @@ class StepProgress {
     const done = [...this.#steps.values()].reduce((a, b) => a + b, 0)
     const total = this.#steps.size * steps
     if (!this.#bar) {
-      this.#bar = new cliProgress.SingleBar({
-        format: 'drawing [{bar}] {value}/{total} {eta_formatted}',
-        barsize: 30,
-        barCompleteChar: '=',
-        barIncompleteChar: ' ',
-        hideCursor: false,
-        stream: process.stderr,
-      })
+      this.#bar = progressBar('drawing [{bar}] {value}/{total} {eta_formatted}')
       this.#bar.start(total, 0)
     }
     this.#bar.setTotal(total)

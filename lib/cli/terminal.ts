@@ -52,6 +52,19 @@ export interface ProgressEvent {
   file?: string
 }
 
+/** A bar on stderr, not started yet. */
+export function progressBar(format: string): cliProgress.SingleBar {
+  return new cliProgress.SingleBar({
+    format,
+    barsize: 30,
+    barCompleteChar: '=',
+    barIncompleteChar: ' ',
+    hideCursor: false,
+    stream: process.stderr,
+    stopOnComplete: false,
+  })
+}
+
 /** A progress bar on stderr for each phase (and file) of loading; silent where stderr is no terminal. */
 export class LoadProgress {
   #bar: cliProgress.SingleBar | undefined
@@ -68,15 +81,7 @@ export class LoadProgress {
     if (title !== this.#title) {
       this.stop()
       this.#title = title
-      this.#bar = new cliProgress.SingleBar({
-        format: '{title} [{bar}] {percentage}% {size} {eta_formatted}',
-        barsize: 30,
-        barCompleteChar: '=',
-        barIncompleteChar: ' ',
-        hideCursor: false,
-        stream: process.stderr,
-        stopOnComplete: false,
-      })
+      this.#bar = progressBar('{title} [{bar}] {percentage}% {size} {eta_formatted}')
       this.#bar.start(event.total, event.loaded, { title, size: formatBytes(event.total) })
     }
     this.#bar?.setTotal(event.total)

@@ -277,11 +277,7 @@ export class Engine {
     const onAbort = () => controller.abort(aborted(outer))
     try {
       if (this.#closing) throw new MgmError('CLOSED', 'the model is closed')
-      if (!this.#images)
-        throw new MgmError(
-          'UNSUPPORTED',
-          'expected a model with an image generator but none was loaded: give load() the option diffusion',
-        )
+      if (!this.#images) throw noGenerator()
       if (outer?.aborted) onAbort()
       request.signal.throwIfAborted()
       outer?.addEventListener('abort', onAbort, { once: true })
@@ -480,6 +476,14 @@ async function all<T>(promises: readonly Promise<T>[]): Promise<T[]> {
     if (result.status === 'rejected') throw result.reason
     return result.value
   })
+}
+
+/** For requests for images to a model that was loaded without an image generator. */
+export function noGenerator(): MgmError {
+  return new MgmError(
+    'UNSUPPORTED',
+    'expected a model with an image generator but none was loaded: give load() the option diffusion',
+  )
 }
 
 function aborted(signal: AbortSignal | undefined): MgmError {

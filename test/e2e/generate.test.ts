@@ -256,6 +256,16 @@ describe('images', () => {
     })
   })
 
+  it('says what is wrong with a request to stream, as with any other', async () => {
+    const signal = {} as AbortSignal
+    for (const events of [
+      mgm.stream({ messages: ask, signal }),
+      mgm.streamGenerate({ messages: ask, signal }),
+      mgm.streamGenerate(null as never),
+    ])
+      expect((await rejection(events.next())).code).toBe('INVALID_ARGUMENT')
+  })
+
   it('without a generator, says so before the model speaks', async () => {
     const plain = await MiniGemini.load(gemma.folder, small)
     try {
