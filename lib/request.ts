@@ -11,7 +11,7 @@ export type ImageSource = string | URL | Uint8Array
 // Every schema carries its own words for `expected … for <path>`.
 const words = (error: string) => ({ error })
 
-const integer = (least: number, most = Number.MAX_SAFE_INTEGER) => {
+export const integer = (least: number, most = Number.MAX_SAFE_INTEGER) => {
   const text = words(
     most === Number.MAX_SAFE_INTEGER
       ? `an integer of at least ${least}`
@@ -19,12 +19,12 @@ const integer = (least: number, most = Number.MAX_SAFE_INTEGER) => {
   )
   return z.int(text).min(least, text).max(most, text)
 }
-const number = (least: number, most: number) => {
+export const number = (least: number, most: number) => {
   const text = words(`a number from ${least} to ${most}`)
   return z.number(text).min(least, text).max(most, text)
 }
 const boolean = z.boolean(words('true or false'))
-const string = (least = 1) => {
+export const string = (least = 1) => {
   const text = words(least > 0 ? 'a non-empty string' : 'a string')
   return z.string(text).min(least, text)
 }
@@ -39,7 +39,7 @@ const signal = z.custom<AbortSignal>(
   words('an AbortSignal'),
 )
 const callback = <F>() => z.custom<F>(value => typeof value === 'function', words('a function'))
-const object = <T extends z.core.$ZodLooseShape>(shape: T) =>
+export const object = <T extends z.core.$ZodLooseShape>(shape: T) =>
   z.strictObject(shape, {
     error: issue =>
       issue.code === 'unrecognized_keys' ? `only the keys ${Object.keys(shape).join(', ')}` : 'an object',
@@ -55,7 +55,7 @@ const part = z.discriminatedUnion(
   words('a text part or an image part'),
 )
 const ocrHint = z.array(string(0), words('an array of strings'))
-const message = object({
+export const message = object({
   role: oneOf(['system', 'user', 'assistant']),
   content: z.union([z.string(), z.array(part)], words('a string or an array of parts')),
   ocrHint: ocrHint.optional(),
@@ -326,7 +326,8 @@ export function parseLoadOptions(value: unknown): LoadOptions {
   return parse(loadOptions, value, 'options')
 }
 
-function parse<T>(schema: z.ZodType<T>, value: unknown, name: string): T {
+/** Checks a value; `name` is what a message calls it. Throws INVALID_ARGUMENT. */
+export function parse<T>(schema: z.ZodType<T>, value: unknown, name: string): T {
   const result = schema.safeParse(value)
   if (result.success) return result.data
   const issue = deepest(result.error.issues)

@@ -52,42 +52,40 @@ const FORMAT_NAMES = 'a JPEG, PNG, GIF, WebP, TIFF or AVIF image'
  */
 export async function decodeImage(input: ImageInput, options: DecodeOptions = {}): Promise<DecodedImage> {
   const { signal } = options
-  const maxPixels = positive(options.maxPixels ?? 100e6, 'maxPixels')
-  const maxBytes = positive(options.maxBytes ?? 64 * 2 ** 20, 'maxBytes')
+  const { maxPixels, maxBytes } = limitsOf(options)
   throwIfAborted(signal)
   const { bytes, name } = await readInput(input, { ...options, maxBytes })
   throwIfAborted(signal)
   return abortable(decode(bytes, name, maxPixels), signal)
 }
 
+/**
+ * Reads an image as far as its header: the bytes, and the size that `decodeImage` would find.
+ *
+ * @throws MgmError as `decodeImage`
+ */
+export async function readImage(
+  input: ImageInput,
+  options: DecodeOptions = {},
+): Promise<{ bytes: Uint8Array; width: number; height: number }> {
+  const { maxPixels, maxBytes } = limitsOf(options)
+  const { bytes, name } = await readInput(input, { ...options, maxBytes })
+  return decoding(bytes, name, async () => {
+    const { width, height } = (await openImage(bytes, name, maxPixels)).header
+    return { bytes, width, height }
+  })
+}
+
+function limitsOf(options: DecodeOptions): { maxPixels: number; maxBytes: number } {
+  return {
+    maxPixels: positive(options.maxPixels ?? 100e6, 'maxPixels'),
+    maxBytes: positive(options.maxBytes ?? 64 * 2 ** 20, 'maxBytes'),
+  }
+}
+
 async function decode(bytes: Uint8Array, name: string, maxPixels: number): Promise<DecodedImage> {
-  if (bytes.length === 0) throw invalid(`expected ${FORMAT_NAMES} for ${name} but received no bytes at all`)
-  const found = sniff(bytes)
-  if (!FORMATS.includes(found as Format))
-    throw invalid(`expected ${FORMAT_NAMES} for ${name} but received ${found}`)
-  try {
-    // The pixel limit is checked here, with a better message.
-    const settings: SharpOptions = {
-      failOn: 'error',
-      limitInputPixels: false,
-      ignoreIcc: true,
-      autoOrient: false,
-      pages: 1,
-    }
-    const image: Sharp = sharp(bytes, settings)
-    const header: Metadata = await image.metadata()
-    const { width, height } = header
-    if (!(width >= 1 && height >= 1))
-      throw invalid(`expected at least one pixel for ${name} but received none`)
-    if (width * height > maxPixels)
-      throw invalid(
-        `expected at most ${maxPixels} pixels for ${name} but received ${width} x ${height} = ${width * height}; ` +
-          'shrink the image or raise maxPixels',
-      )
-    if (Math.max(width, height) > MAX_SIDE)
-      throw invalid(
-        `expected sides of at most ${MAX_SIDE} pixels for ${name} but received ${width} x ${height}`,
-      )
+  return decoding(bytes, name, async () => {
+    const { image, header } = await openImage(bytes, name, maxPixels)
     const cmyk = header.space === 'cmyk'
     const plain = cmyk
       ? image.pipelineColourspace('cmyk').toColourspace('cmyk').removeAlpha()
@@ -107,6 +105,17 @@ async function decode(bytes: Uint8Array, name: string, maxPixels: number): Promi
       width: info.width,
       height: info.height,
     }
+  })
+}
+
+/** Runs `work` on the bytes of an image of a known format; what the decoder says becomes IMAGE_INVALID. */
+async function decoding<T>(bytes: Uint8Array, name: string, work: () => Promise<T>): Promise<T> {
+  if (bytes.length === 0) throw invalid(`expected ${FORMAT_NAMES} for ${name} but received no bytes at all`)
+  const found = sniff(bytes)
+  if (!FORMATS.includes(found as Format))
+    throw invalid(`expected ${FORMAT_NAMES} for ${name} but received ${found}`)
+  try {
+    return await work()
   } catch (cause) {
     if (cause instanceof MgmError) throw cause
     const reason = (cause instanceof Error ? cause.message : String(cause)).trim().split('\n')[0]
@@ -116,6 +125,35 @@ async function decode(bytes: Uint8Array, name: string, maxPixels: number): Promi
       { cause },
     )
   }
+}
+
+async function openImage(
+  bytes: Uint8Array,
+  name: string,
+  maxPixels: number,
+): Promise<{ image: Sharp; header: Metadata }> {
+  // The pixel limit is checked here, with a better message.
+  const settings: SharpOptions = {
+    failOn: 'error',
+    limitInputPixels: false,
+    ignoreIcc: true,
+    autoOrient: false,
+    pages: 1,
+  }
+  const image: Sharp = sharp(bytes, settings)
+  const header: Metadata = await image.metadata()
+  const { width, height } = header
+  if (!(width >= 1 && height >= 1)) throw invalid(`expected at least one pixel for ${name} but received none`)
+  if (width * height > maxPixels)
+    throw invalid(
+      `expected at most ${maxPixels} pixels for ${name} but received ${width} x ${height} = ${width * height}; ` +
+        'shrink the image or raise maxPixels',
+    )
+  if (Math.max(width, height) > MAX_SIDE)
+    throw invalid(
+      `expected sides of at most ${MAX_SIDE} pixels for ${name} but received ${width} x ${height}`,
+    )
+  return { image, header }
 }
 
 /** The format by magic bytes: one of FORMATS, or words for an error message. */

@@ -93,6 +93,7 @@ describe('the tarball', () => {
       /^(README|CHANGELOG)\.md$/,
       /^LICENSE$/,
       /^dist\/[a-z0-9/-]+\.(js|d\.ts)$/,
+      /^dist\/web\/page\/(index\.html|style\.css|licences\.txt)$/,
       new RegExp(`^${prebuild.replaceAll('.', '\\.')}$`),
     ]
     expect(packed.filter(path => !allowed.some(pattern => pattern.test(path)))).toEqual([])
@@ -104,6 +105,9 @@ describe('the tarball', () => {
       manifest.main,
       manifest.types,
       manifest.exports['.'].types,
+      ...Object.values(manifest.exports['./web']),
+      './dist/web/page/main.js',
+      './dist/web/page/index.html',
       ...Object.values(manifest.bin),
     ]
     for (const target of targets) expect(packed).toContain((target as string).replace(/^\.\//, ''))

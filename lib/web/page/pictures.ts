@@ -1,0 +1,163 @@
+import type { Scene } from '../../demo/scene.ts'
+import type { SceneReply } from '../wire.ts'
+import * as api from './api.ts'
+import { get, make } from './dom.ts'
+
+export interface Picture {
+  /** A data: URL: what the model gets. */
+  readonly url: string
+  /** What it is, for those who do not see it. */
+  readonly name: string
+}
+
+const MOST = 2
+/** Files beyond this many bytes or pixels along a side are made smaller before they are sent. */
+const LARGE = 2 ** 20
+const LONGEST_SIDE = 1024
+
+/** The pictures that the conversation is about. */
+export class Pictures {
+  #pictures: Picture[] = []
+  #lesson: SceneReply | undefined
+  readonly #onChange: () => void
+  readonly #area = get('pictures')
+  readonly #error = get('picture-error')
+
+  constructor(onChange: () => void) {
+    this.#onChange = onChange
+    const file = get<HTMLInputElement>('file')
+    file.addEventListener('change', () => {
+      void this.addFiles([...(file.files ?? [])])
+      file.value = ''
+    })
+    get('surprise').addEventListener('click', () => void this.surprise())
+    get('second').addEventListener('click', () => void this.#addSecond())
+    document.addEventListener('dragover', event => {
+      event.preventDefault()
+      this.#area.classList.add('dropping')
+    })
+    document.addEventListener('dragleave', event => {
+      if (!event.relatedTarget) this.#area.classList.remove('dropping')
+    })
+    document.addEventListener('drop', event => {
+      event.preventDefault()
+      this.#area.classList.remove('dropping')
+      void this.addFiles([...(event.dataTransfer?.files ?? [])])
+    })
+    document.addEventListener('paste', event => {
+      const files = [...(event.clipboardData?.files ?? [])]
+      if (files.length > 0) void this.addFiles(files)
+    })
+    this.#show()
+  }
+
+  get all(): readonly Picture[] {
+    return this.#pictures
+  }
+
+  /** The scenes that are shown, and what one may ask about them; undefined for other pictures. */
+  get lesson(): SceneReply | undefined {
+    return this.#lesson
+  }
+
+  /** Shows files; a third picture takes the place of the second. */
+  addFiles(files: readonly File[]): Promise<void> {
+    return this.#trying(async () => {
+      for (const file of files.slice(0, MOST)) this.add({ url: await readPicture(file), name: file.name })
+    })
+  }
+
+  add(picture: Picture): void {
+    this.#set([...this.#pictures.slice(0, MOST - 1), picture])
+  }
+
+  /** In place of all others. */
+  show(picture: Picture): void {
+    this.#set([picture])
+  }
+
+  /** Shows a scene that nobody has seen. */
+  surprise(): Promise<void> {
+    return this.#trying(async () => {
+      const lesson = await api.getScene()
+      this.#set([await scenePicture(lesson.scenes[0], 'A random scene')], lesson)
+    })
+  }
+
+  #addSecond(): Promise<void> {
+    return this.#trying(async () => {
+      const lesson = this.#lesson ?? (await api.getScene())
+      const second = await scenePicture(lesson.scenes[1], 'Another scene')
+      this.#set([...this.#pictures.slice(0, MOST - 1), second], this.#lesson)
+    })
+  }
+
+  async #trying(work: () => Promise<void>): Promise<void> {
+    this.#error.hidden = true
+    try {
+      await work()
+    } catch (error) {
+      this.#error.textContent = (error as Error).message
+      this.#error.hidden = false
+    }
+  }
+
+  #set(pictures: Picture[], lesson?: SceneReply): void {
+    this.#pictures = pictures
+    this.#lesson = lesson
+    this.#show()
+    this.#onChange()
+  }
+
+  #show(): void {
+    const slots = this.#pictures.map((picture, i) => {
+      const title = this.#pictures.length > 1 ? `${['First', 'Second'][i]}: ${picture.name}` : picture.name
+      const remove = () => {
+        this.#set(this.#pictures.filter(other => other !== picture))
+        get('surprise').focus()
+      }
+      return make(
+        'li',
+        {},
+        make('img', { src: picture.url, alt: title }),
+        make('button', { type: 'button', 'aria-label': `Remove ${title}`, click: remove }, '×'),
+        make('p', {}, title),
+      )
+    })
+    get('slots').replaceChildren(...slots)
+    this.#area.classList.toggle('filled', slots.length > 0)
+    get<HTMLButtonElement>('second').disabled = slots.length !== 1
+  }
+}
+
+/** The picture of a scene, as the server draws it. */
+export async function scenePicture(scene: Scene, name: string): Promise<Picture> {
+  return { url: await dataUrl(await api.renderScene(scene)), name }
+}
+
+async function readPicture(file: File): Promise<string> {
+  let bitmap: ImageBitmap
+  try {
+    bitmap = await createImageBitmap(file)
+  } catch {
+    throw new Error(`${file.name} is not a picture that this browser can read.`)
+  }
+  const { width, height } = bitmap
+  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height))
+  if (file.size <= LARGE && scale === 1) return dataUrl(file)
+  const canvas = make('canvas', {
+    width: String(Math.max(1, Math.round(width * scale))),
+    height: String(Math.max(1, Math.round(height * scale))),
+  })
+  canvas.getContext('2d')!.drawImage(bitmap, 0, 0, canvas.width, canvas.height)
+  return canvas.toDataURL('image/jpeg', 0.92)
+}
+
+function dataUrl(blob: Blob): Promise<string> {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader()
+    reader.addEventListener('load', () => resolve(reader.result as string))
+    reader.addEventListener('error', () => reject(reader.error))
+    reader.readAsDataURL(blob)
+  })
+}
