@@ -201,7 +201,7 @@ class Canvas {
   readonly #count = make('p', { class: 'timings' })
 
   constructor() {
-    this.figure = make('figure', {}, this.#image, this.#bar, this.#count)
+    this.figure = make('figure', { class: 'drawing' }, this.#image, this.#bar, this.#count)
   }
 
   step({ step, steps, preview }: Extract<WireEvent, { type: 'step' }>): void {
