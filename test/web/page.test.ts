@@ -2,6 +2,7 @@ import { execFileSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Browser, chromium, type Page } from 'playwright-core'
+import sharp from 'sharp'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import type { MiniGemini } from '../../lib/index.ts'
 import { serve, type WebServer } from '../../lib/web/index.ts'
@@ -96,7 +97,12 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
     expect(await answer().locator('.words').textContent()).toBe('Red.')
     const { messages } = JSON.parse(sent[1]!)
     expect(messages.map((message: { role: string }) => message.role)).toEqual(['user', 'assistant', 'user'])
-    expect(messages[0].content[0]).toEqual({ type: 'image', image: shown })
+    const { type, image } = messages[0].content[0]
+    expect(type).toBe('image')
+    const { info } = await sharp(Buffer.from(image.split(',')[1], 'base64')).toBuffer({
+      resolveWithObject: true,
+    })
+    expect(info).toMatchObject({ format: 'png', width: 256, height: 256 })
     expect(messages[1].content).toBe('A fox on a red background.')
 
     await button('Surprise me').click()
@@ -190,6 +196,17 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
     expect(await answer().locator('.words').textContent()).toBe('A fox.')
   })
 
+  it.each([
+    ['Draw a fox.', 'Draw'],
+    ['please paint a fox', 'Draw'],
+    ['A picture of a fox on blue, please.', 'Draw'],
+    ['Is there a fox?', 'Ask'],
+    ['What is drawn in the picture?', 'Ask'],
+  ])('%j is a request to %s', async (text, name) => {
+    await question().fill(text)
+    expect(await page.locator('#send').textContent()).toBe(name)
+  })
+
   it('offers to draw the words where the model named nothing', async () => {
     await say('I would rather not.')
     await page.getByRole('checkbox', { name: 'Draw' }).check()
@@ -241,6 +258,14 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
     })
     await slot('Your scene').waitFor()
     expect(await dialog.isVisible()).toBe(false)
+
+    await button('Compose …').press('Enter')
+    await button('Use as the second').press('Enter')
+    await slot('Second: Your scene').waitFor()
+    await button('Enlarge Second: Your scene').press('Enter')
+    await page.getByRole('dialog', { name: 'Your scene' }).getByText('Sent as 256 × 256 pixels.').waitFor()
+    await page.keyboard.press('Escape')
+    expect(await page.getByRole('dialog').count()).toBe(0)
   })
 
   it('composes a scene by dragging, and says what the model has never seen', async () => {

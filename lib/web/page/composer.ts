@@ -14,11 +14,10 @@ import {
   type Sign,
   signBox,
 } from '../../demo/scene.ts'
-import { sceneSvg } from '../../demo/svg.ts'
 import { get, make } from './dom.ts'
+import { sceneUrl } from './pictures.ts'
 
 const MOST_OBJECTS = 4
-const STAGE_PIXELS = 384
 /** Where emoji come to stand when they are added. */
 const PLACES = [
   [0.3, 0.3],
@@ -43,7 +42,8 @@ export class Composer {
   #signAt = { x: 0.5, y: 0.5 }
   #handles: { readonly element: HTMLElement; readonly box: () => Box }[] = []
 
-  constructor(onUse: (scene: Scene) => void) {
+  /** `onUse` gets the scene, and whether it is to stand beside the first picture. */
+  constructor(onUse: (scene: Scene, second: boolean) => void) {
     get('kinds').append(...KINDS.map(({ name }) => make('option', { value: name })))
     get('pattern').append(...PATTERNS.map(name => make('option', {}, name)))
     get('colours').append(...COLOUR_NAMES.map(name => this.#swatch(name)))
@@ -66,12 +66,16 @@ export class Composer {
       get('objects').lastElementChild!.querySelector('input')!.select()
     })
     get('cancel').addEventListener('click', () => this.#dialog.close())
-    get('scene').addEventListener('submit', () => onUse(this.#scene()))
+    get('scene').addEventListener('submit', event =>
+      onUse(this.#scene(), event.submitter?.id === 'use-second'),
+    )
     this.#add('fox')
     this.#add('boat')
   }
 
-  open(): void {
+  /** `beside`: there is a picture that the scene may stand beside. */
+  open(beside: boolean): void {
+    get('use-second').hidden = !beside
     this.#dialog.showModal()
     this.#layOut()
   }
@@ -121,7 +125,7 @@ export class Composer {
 
   /** The picture, the places of handles, the numbers, and what is odd about the scene. */
   #draw(): void {
-    this.#image.src = `data:image/svg+xml,${encodeURIComponent(sceneSvg(this.#scene(), STAGE_PIXELS))}`
+    this.#image.src = sceneUrl(this.#scene())
     for (const { element, box } of this.#handles) {
       const { left, top, right, bottom } = box()
       const style = { left, top, width: right - left, height: bottom - top }
@@ -132,7 +136,7 @@ export class Composer {
     setNumber('sign-x', this.#signAt.x)
     setNumber('sign-y', this.#signAt.y)
     get('scene-hint').textContent = this.#oddity()
-    get<HTMLButtonElement>('use').disabled = this.#objects.length === 0
+    for (const id of ['use', 'use-second']) get<HTMLButtonElement>(id).disabled = this.#objects.length === 0
   }
 
   /** What the scenes of the training never are. */

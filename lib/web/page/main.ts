@@ -2,7 +2,7 @@ import { getInfo } from './api.ts'
 import { Chat } from './chat.ts'
 import { Composer } from './composer.ts'
 import { get, make } from './dom.ts'
-import { Pictures, scenePicture } from './pictures.ts'
+import { Pictures } from './pictures.ts'
 
 const ABOUT_A_PICTURE = [
   'What is in the picture?',
@@ -37,18 +37,11 @@ const chat = new Chat({
     if (hadFocus) (busy ? stop : question).focus()
   },
 })
-const composer = new Composer(async scene => {
-  try {
-    pictures.show(await scenePicture(scene, 'Your scene'))
-  } catch (error) {
-    get('picture-error').textContent = (error as Error).message
-    get('picture-error').hidden = false
-  }
-})
+const composer = new Composer((scene, second) => void pictures.addScene(scene, second))
 
-/** "Draw …" is a request to draw, whether or not the box is ticked. */
-const asksToDraw = (text: string) =>
-  canDraw && (draw.checked || /^\W*(please |can you )?(draw|paint)\b/i.test(text))
+/** "Draw …" and the like are requests to draw, whether or not the box is ticked. */
+const DRAW = /^(please |can you )?(draw|paint|make an? (image|picture)|(i would like )?a picture of)\b/i
+const asksToDraw = (text: string) => canDraw && (draw.checked || DRAW.test(text.trim()))
 
 function say(text: string): void {
   if (chat.busy || text.trim() === '') return
@@ -101,7 +94,7 @@ get('restart').addEventListener('click', () => {
   chat.restart()
   question.focus()
 })
-get('compose').addEventListener('click', () => composer.open())
+get('compose').addEventListener('click', () => composer.open(pictures.all.length > 0))
 
 getInfo().then(
   ({ about, family, device, threads, weightBytes, canDraw: able }) => {

@@ -1,4 +1,5 @@
 import type { Scene } from '../../demo/scene.ts'
+import { sceneSvg } from '../../demo/svg.ts'
 import type { SceneReply } from '../wire.ts'
 import * as api from './api.ts'
 import { get, make } from './dom.ts'
@@ -8,12 +9,15 @@ export interface Picture {
   readonly url: string
   /** What it is, for those who do not see it. */
   readonly name: string
+  /** The same for eyes, where it can be had sharper. */
+  readonly shown?: string
 }
 
 const MOST = 2
 /** Files beyond this many bytes or pixels along a side are made smaller before they are sent. */
 const LARGE = 2 ** 20
 const LONGEST_SIDE = 1024
+const SHOWN_PIXELS = 768
 
 /** The pictures that the conversation is about. */
 export class Pictures {
@@ -30,6 +34,7 @@ export class Pictures {
       void this.addFiles([...(file.files ?? [])])
       file.value = ''
     })
+    get('large-close').addEventListener('click', () => get<HTMLDialogElement>('large').close())
     get('surprise').addEventListener('click', () => void this.surprise())
     get('second').addEventListener('click', () => void this.#addSecond())
     document.addEventListener('dragover', event => {
@@ -84,6 +89,15 @@ export class Pictures {
     })
   }
 
+  /** Shows a scene that somebody put together, alone or beside the first picture. */
+  addScene(scene: Scene, second: boolean): Promise<void> {
+    return this.#trying(async () => {
+      const picture = await scenePicture(scene, 'Your scene')
+      if (second) this.add(picture)
+      else this.show(picture)
+    })
+  }
+
   #addSecond(): Promise<void> {
     return this.#trying(async () => {
       const lesson = this.#lesson ?? (await api.getScene())
@@ -119,8 +133,17 @@ export class Pictures {
       return make(
         'li',
         {},
-        make('img', { src: picture.url, alt: title }),
-        make('button', { type: 'button', 'aria-label': `Remove ${title}`, click: remove }, '×'),
+        make('img', { src: picture.shown ?? picture.url, alt: title }),
+        make(
+          'div',
+          { class: 'corner' },
+          make(
+            'button',
+            { type: 'button', 'aria-label': `Enlarge ${title}`, click: () => enlarge(picture) },
+            '⤢',
+          ),
+          make('button', { type: 'button', 'aria-label': `Remove ${title}`, click: remove }, '×'),
+        ),
         make('p', {}, title),
       )
     })
@@ -130,9 +153,27 @@ export class Pictures {
   }
 }
 
-/** The picture of a scene, as the server draws it. */
-export async function scenePicture(scene: Scene, name: string): Promise<Picture> {
-  return { url: await dataUrl(await api.renderScene(scene)), name }
+/** The picture of a scene: pixels for the model, as the server draws them; lines for eyes. */
+async function scenePicture(scene: Scene, name: string): Promise<Picture> {
+  return { url: await dataUrl(await api.renderScene(scene)), name, shown: sceneUrl(scene) }
+}
+
+/** A scene as the browser draws it. */
+export function sceneUrl(scene: Scene): string {
+  return `data:image/svg+xml,${encodeURIComponent(sceneSvg(scene, SHOWN_PIXELS))}`
+}
+
+function enlarge({ url, shown, name }: Picture): void {
+  const image = get<HTMLImageElement>('large-image')
+  image.src = shown ?? url
+  image.alt = name
+  get('large-title').textContent = name
+  const pixels = new Image()
+  pixels.src = url
+  void pixels.decode().then(() => {
+    get('large-note').textContent = `Sent as ${pixels.width} × ${pixels.height} pixels.`
+  })
+  get<HTMLDialogElement>('large').showModal()
 }
 
 async function readPicture(file: File): Promise<string> {
