@@ -75,6 +75,7 @@ function errorPage(status: number, { code, message }: WireError): string {
     <meta charset="utf-8">
     <meta name="viewport" content="width=device-width, initial-scale=1">
     <title>${status} ${escapeHtml(code)}</title>
+    <link rel="icon" href="data:,">
     <link rel="stylesheet" href="/style.css">
   </head>
   <body class="error-page">

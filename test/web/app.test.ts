@@ -8,7 +8,7 @@ import type { MiniGemini } from '../../lib/index.ts'
 import { type AppOptions, createApp } from '../../lib/web/index.ts'
 import type { ChatBody, InfoReply, SceneReply, WireEvent } from '../../lib/web/wire.ts'
 import { sample, vicuna } from '../e2e/cases.ts'
-import { loadTiny, say } from './planted.ts'
+import { linger, loadTiny, say } from './planted.ts'
 
 let mgm: MiniGemini
 let app: Hono
@@ -16,7 +16,10 @@ beforeAll(async () => {
   mgm = await loadTiny()
   app = createApp(mgm)
 })
-beforeEach(() => say(null))
+beforeEach(() => {
+  linger(0)
+  return say(null)
+})
 afterAll(() => mgm.close())
 
 const single = sample(vicuna, 'single')
@@ -238,6 +241,7 @@ describe('POST /api/chat', () => {
   })
 
   it('ends a request whose client has gone', async () => {
+    linger(20)
     const running = () => mgm.metrics.running + mgm.metrics.waiting
     const gone = new AbortController()
     const body = { messages: [{ role: 'user', content: 'Tell me everything.' }], maxTokens: 512 }
@@ -399,6 +403,7 @@ describe('errors', () => {
   })
 
   it('of the engine keep their codes: a full queue, a closed model', async () => {
+    linger(20)
     const busy = await loadTiny({ maxSequences: 1, maxQueue: 0 })
     const to = createApp(busy)
     const body = { messages: [{ role: 'user', content: 'Tell me everything.' }], maxTokens: 512 }

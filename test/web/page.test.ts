@@ -7,7 +7,7 @@ import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import type { MiniGemini } from '../../lib/index.ts'
 import { serve, type WebServer } from '../../lib/web/index.ts'
 import { sample, vicuna } from '../e2e/cases.ts'
-import { loadTiny, say } from './planted.ts'
+import { linger, loadTiny, say } from './planted.ts'
 
 const executablePath = findChromium()
 const picture = readFileSync(join(vicuna.root, sample(vicuna, 'single').images[0]!))
@@ -44,6 +44,7 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
 
   beforeEach(async () => {
     await say(null)
+    linger(0)
     await open()
     return async () => {
       await page.close()
@@ -117,6 +118,7 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
   })
 
   it('streams, and stops', async () => {
+    linger(100)
     await ask('Tell me everything.')
     await page.locator('.answer[aria-busy=true] .words:not(:empty)').waitFor()
     await button('Stop').click()
@@ -337,7 +339,8 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
   })
 
   it.each(['light', 'dark'] as const)('has enough contrast, %s', async colorScheme => {
-    await page.emulateMedia({ colorScheme })
+    // Colours change at once.
+    await page.emulateMedia({ colorScheme, reducedMotion: 'reduce' })
     await ask('What is </s>?')
     await page.locator('.answer .error').waitFor()
     complaints.length = 0

@@ -4,11 +4,12 @@ import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest'
 import type { MiniGemini } from '../../lib/index.ts'
 import { serve, type WebServer } from '../../lib/web/index.ts'
 import { rejection } from '../e2e/cases.ts'
-import { loadTiny } from './planted.ts'
+import { linger, loadTiny } from './planted.ts'
 
 let mgm: MiniGemini
 let server: WebServer
 beforeAll(async () => {
+  linger(20)
   mgm = await loadTiny()
   server = await serve(mgm)
 })

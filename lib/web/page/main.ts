@@ -55,7 +55,7 @@ function showMode(): void {
   question.placeholder = draw.checked
     ? 'a fox next to a boat on green'
     : pictures.all.length > 0
-      ? 'Ask about the picture'
+      ? `Ask about the picture${pictures.all.length > 1 ? 's' : ''}`
       : 'Show me a picture, or say “Draw …”'
 }
 

@@ -136,7 +136,8 @@ export class Pictures {
         make('img', { src: picture.shown ?? picture.url, alt: title }),
         make(
           'div',
-          { class: 'corner' },
+          { class: 'caption' },
+          make('p', {}, title),
           make(
             'button',
             { type: 'button', 'aria-label': `Enlarge ${title}`, click: () => enlarge(picture) },
@@ -144,7 +145,6 @@ export class Pictures {
           ),
           make('button', { type: 'button', 'aria-label': `Remove ${title}`, click: remove }, '×'),
         ),
-        make('p', {}, title),
       )
     })
     get('slots').replaceChildren(...slots)
