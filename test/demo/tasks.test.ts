@@ -70,7 +70,7 @@ describe('captions', () => {
 describe('lessons', () => {
   it('are the same for a seed on every machine', () => {
     const hash = createHash('sha256').update(JSON.stringify(lessons.slice(0, 30)))
-    expect(hash.digest('hex').slice(0, 16)).toBe('9ca6571448298115')
+    expect(hash.digest('hex').slice(0, 16)).toBe('77751208ceb5ec8c')
   })
 
   it('teach every task', () => {
