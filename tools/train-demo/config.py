@@ -1,8 +1,6 @@
 """Sizes of the demo model, as the configs of the release that export.py writes."""
 
-# Of the high-resolution view, `image_size_aux`. 384 makes letters half as large again (6 px, not 4) and windows
-# 12 x 12, for about twice the time of all stages that see.
-PIXELS = 256
+PIXELS = 256  # of the high-resolution view, `image_size_aux`
 DRAWN_PIXELS = 96
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's preprocessor
@@ -19,7 +17,7 @@ VISION = {
     'layer_norm_eps': 1e-5,
 }
 # At 256 px the grid of patches has 8 a side and the first map 64, so a token mines 8 x 8 positions.
-CONVNEXT = {'dims': [32, 64, 128, 256], 'depths': [2, 2, 6, 2]}
+CONVNEXT = {'dims': [48, 96, 160, 256], 'depths': [2, 2, 6, 2]}
 
 DECODER = {
     'hidden_size': 256,

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from config import DRAWN_PIXELS, SCHEDULER, TEXT, TEXT_ACTS, UNET, VAE, VAE_SCALE
-from lessons import Lessons
+from lessons import DRAWN, Lessons, prompt_of
 from networks.clip import ClipText
 from networks.unet import Unet
 from networks.vae import Vae
 from trainer import Metrics
 from vocabulary import CLIP_PADS, Vocabulary
 
-DRAWN = 2  # the scene of a lesson that is to be drawn
 PATCH = 64  # the VAE learns on squares of that many pixels
 
 # What mgm-node draws with unless told otherwise: `NEGATIVE_PROMPT` of lib/processing/image-prompt.ts.
@@ -57,19 +56,13 @@ def drawn(lessons: Lessons, lesson: dict) -> np.ndarray:
     return picture
 
 
-def caption(lesson: dict) -> str:
-    """The prompt of a lesson's drawing, as the language model is taught to write it."""
-    answers = (turn['answer'] for example in lesson['examples'] if not example['pictures'] for turn in example['turns'])
-    return next(answer for answer in answers if answer.startswith('<h>')).removeprefix('<h>').removesuffix('</h>')
-
-
 class Pictures:
     """Squares cut out of drawings."""
 
     def __init__(self, lessons: Lessons, held_out: Lessons, batch: int):
         self.lessons, self.held_out, self.batch = lessons, held_out, batch
 
-    def __call__(self, seed: int, held_out: bool) -> Tensor:
+    def __call__(self, seed: int, held_out: bool, done: float) -> Tensor:
         random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
         pictures = []
         for _ in range(self.batch):
@@ -125,12 +118,12 @@ class Drawings:
                     'run the latents stage again'
                 )
 
-    def __call__(self, seed: int, held_out: bool) -> dict[str, Tensor]:
+    def __call__(self, seed: int, held_out: bool, done: float) -> dict[str, Tensor]:
         random, lessons = np.random.default_rng(seed), self.lessons[held_out]
         indices = random.integers(len(lessons), size=self.batch)
         # Guidance needs both kinds of the unconditional: nothing at all, and the negative prompt.
         kinds = random.choice(3, size=self.batch, p=[0.9, 0.05, 0.05])
-        prompts = [NEGATIVE_PROMPT if kind == 1 else caption(lessons[i]) for i, kind in zip(indices, kinds)]
+        prompts = [NEGATIVE_PROMPT if kind == 1 else prompt_of(lessons[i]) for i, kind in zip(indices, kinds)]
         first, second = (
             torch.tensor([self.vocabulary.clip_ids(prompt, pad) for prompt in prompts]) for pad in CLIP_PADS
         )

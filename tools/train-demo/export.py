@@ -213,7 +213,22 @@ def export_generator(out: Path, vocabulary: Vocabulary, networks: dict[str, nn.M
 
 
 GREEDY = 12  # tokens
+ANSWERED = 24  # lessons
 PROMPTS = ('a fox and two boats on a blue background', 'An unknownword, 42 zebras!', '')
+
+
+def greedy(
+    networks: dict[str, nn.Module], vocabulary: Vocabulary, ids: list[int], features: Tensor, most: int
+) -> tuple[list[int], Tensor]:
+    """Up to `most` ids of an answer, and the logits of the first."""
+    decoder, generated, first = networks['decoder'], [], None
+    while len(generated) < most and (not generated or generated[-1] != vocabulary.eos_id):
+        prompt = understanding.spread([*ids, *generated])
+        states = decoder(understanding.embedded(decoder, torch.tensor([prompt]), features))
+        logits = decoder.logits(states[0, -1])
+        first = logits if first is None else first
+        generated.append(int(logits.argmax()))
+    return generated, first
 
 
 @torch.no_grad()
@@ -236,17 +251,24 @@ def write_parity(
     features = understanding.encode(networks, tensors['pixels'])
     tensors['image_features'] = features
 
+    asked = lambda turn, pictures: vocabulary.conversation([{k: turn[k] for k in ('task', 'question')}], pictures)[0]
     turns = next(example['turns'] for example in lesson['examples'] if example['pictures'] == [0])
-    ids, _ = vocabulary.conversation([{key: turns[0][key] for key in ('task', 'question')}], 1)
-    decoder, generated = networks['decoder'], []
-    for _ in range(GREEDY):
-        prompt = understanding.spread([*ids, *generated])
-        states = decoder(understanding.embedded(decoder, torch.tensor([prompt]), features))
-        logits = decoder.logits(states[0, -1])
-        tensors.setdefault('logits', logits)
-        generated.append(int(logits.argmax()))
-        if generated[-1] == vocabulary.eos_id:
-            break
+    ids = asked(turns[0], 1)
+    generated, tensors['logits'] = greedy(networks, vocabulary, ids, features, GREEDY)
+
+    answers = []
+    for i in range(min(ANSWERED, len(lessons))):
+        for scene in range(2):
+            Image.fromarray(lessons.picture(lessons[i], scene)).save(folder / f'{i}-{scene}.png')
+        for example in lessons[i]['examples']:
+            pictures, turn = example['pictures'], example['turns'][0]
+            if not pictures or turn['task'] == 'draw':
+                continue
+            pixels = normalised([lessons.picture(lessons[i], scene) for scene in pictures])
+            features = understanding.encode(networks, pixels)
+            said, _ = greedy(networks, vocabulary, asked(turn, len(pictures)), features, 2 * GREEDY)
+            files = [f'{i}-{scene}.png' for scene in pictures]
+            answers.append({'pictures': files, 'question': turn['question'], 'generated': said})
 
     batch = {
         key: torch.tensor([vocabulary.clip_ids(prompt, pad) for prompt in PROMPTS])
@@ -269,6 +291,7 @@ def write_parity(
             'question': turns[0]['question'],
             'ids': ids,
             'generated': generated,
+            'answers': answers,
             'prompts': PROMPTS,
             'clipIds': [batch['first'].tolist(), batch['second'].tolist()],
             'timestep': int(timesteps[0]),
@@ -282,7 +305,7 @@ def main() -> None:
     parser.add_argument('--run', type=Path, required=True)
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--parity', type=Path, help='also writes what parity.mts compares')
-    parser.add_argument('--data', type=Path, help='shards, of which --parity takes a lesson')
+    parser.add_argument('--data', type=Path, help='shards, of which --parity takes lessons')
     parser.add_argument('--random', action='store_true', help='random weights where a stage has not been trained')
     arguments = parser.parse_args()
     if arguments.parity and not arguments.data:

@@ -17,6 +17,7 @@ from config import MEAN, STD, VISION
 GRID = VISION['image_size'] // VISION['patch_size']
 SLOTS = 4  # characters that a patch can hold: all of a sign
 CHARACTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'
+DRAWN = 2  # the scene of a lesson that is to be drawn
 # Letters stand this far apart, in heights of a letter: lib/demo/glyphs.ts has 0.80 to 0.90.
 PITCH = 0.85
 
@@ -61,6 +62,12 @@ class Lessons:
         return files[path].read(length)
 
 
+def prompt_of(lesson: dict) -> str:
+    """The prompt of a lesson's drawing, as the language model is taught to write it."""
+    answers = (turn['answer'] for example in lesson['examples'] if not example['pictures'] for turn in example['turns'])
+    return next(answer for answer in answers if answer.startswith('<h>')).removeprefix('<h>').removesuffix('</h>')
+
+
 def normalised(pictures: list[np.ndarray]) -> Tensor:
     """Bytes [S, S, 3] each -> what CLIP's preprocessor makes of them, [B, 3, S, S]."""
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
@@ -84,39 +91,46 @@ class Labels:
                 kinds.update(thing['kind'] for thing in scene['objects'])
         return Labels(sorted(kinds), sorted(colours))
 
-    def characters(self, scene: dict) -> list[tuple[float, float, int]]:
-        """x, y (in sides of the picture) and number of each character of the signs, as they are read."""
-        return [
-            (sign['x'] + (i + 0.5 - len(sign['text']) / 2) * PITCH * sign['size'], sign['y'], self.character_of[text])
-            for sign in scene['signs']
-            for i, text in enumerate(sign['text'])
-        ]
+    def text_of(self, sign: dict) -> np.ndarray:
+        """The sign's characters, [SLOTS], empty ones 0."""
+        numbers = [self.character_of[character] for character in sign['text']]
+        return np.array(numbers + [0] * (SLOTS - len(numbers)))
 
     def patches(self, scene: dict) -> dict[str, np.ndarray]:
         """What each of the N patches shows.
 
         `kind` [N]: what covers most of the patch's middle; `centre` [N]: whose centre lies in it; `characters`
-        [N, SLOTS]: in reading order, those whose centre lies in it; `colour` []: of the background.
+        [N, SLOTS]: of the sign whose centre lies in it; `offset` [N, 2]: of that centre, object's or sign's, from the
+        patch's, x then y in -1..1; `colour` []: of the background.
         """
         kind, centre = np.zeros((2, GRID, GRID), np.int64)
         characters = np.zeros((GRID, GRID, SLOTS), np.int64)
+        offset = np.zeros((GRID, GRID, 2), np.float32)
         middles = (np.arange(GRID) + 0.5) / GRID
+        for sign in scene['signs']:
+            place = patch_of(sign['y']), patch_of(sign['x'])
+            characters[place] = self.text_of(sign)
+            offset[place] = offset_of(sign)
         for thing in scene['objects']:
             number = self.kind_of[thing['kind']]
             distance = np.hypot(middles[None, :] - thing['x'], middles[:, None] - thing['y'])
             kind[distance < 0.45 * thing['size']] = number
-            centre[patch_of(thing['y']), patch_of(thing['x'])] = number
-        for x, y, number in self.characters(scene):
-            slots = characters[patch_of(y), patch_of(x)]
-            free = np.flatnonzero(slots == 0)
-            if len(free):
-                slots[free[0]] = number
+            place = patch_of(thing['y']), patch_of(thing['x'])
+            centre[place] = number
+            offset[place] = offset_of(thing)
         return {
             'kind': kind.reshape(-1),
             'centre': centre.reshape(-1),
             'characters': characters.reshape(-1, SLOTS),
+            'offset': offset.reshape(-1, 2),
             'colour': np.array(self.colours.index(scene['background']['colour'])),
         }
+
+
+def offset_of(thing: dict) -> tuple[float, float]:
+    """Where the centre of an object or a sign lies in its patch, x then y in -1..1."""
+    x, y = (2 * (thing[axis] * GRID - patch_of(thing[axis])) - 1 for axis in 'xy')
+    return x, y
 
 
 def patch_of(position: float) -> int:

@@ -24,6 +24,11 @@ interface Parity {
   readonly question: string
   readonly ids: readonly number[]
   readonly generated: readonly number[]
+  readonly answers: readonly {
+    readonly pictures: readonly string[]
+    readonly question: string
+    readonly generated: readonly number[]
+  }[]
   readonly prompts: readonly string[]
   readonly clipIds: readonly (readonly (readonly number[])[])[]
   readonly timestep: number
@@ -150,6 +155,25 @@ async function whole(): Promise<void> {
     temperature: 0,
   })
   same('chat', tokens, parity.generated)
+
+  const equal = await Promise.all(
+    parity.answers.map(async ({ pictures, question, generated }) => {
+      const content = [
+        ...pictures.map(name => ({ type: 'image', image: join(parityFolder!, name) }) as const),
+        { type: 'text', text: question } as const,
+      ]
+      const { tokens } = await mgm.chat({
+        messages: [{ role: 'user', content }],
+        maxTokens: generated.length,
+        temperature: 0,
+      })
+      return tokens.join() === generated.join()
+    }),
+  )
+  // Where two tokens are equally likely to six digits, either may win.
+  const count = equal.filter(Boolean).length
+  report('answers', count >= 0.99 * equal.length, `${count} of ${equal.length} equal`)
+
   const { images } = await mgm.imagine({ prompt: parity.prompts[0]!, steps: 2, seed: 1, format: 'raw' })
   same('imagine', images[0]!.data.length, 3 * mgm.info.diffusion!.size ** 2)
   await mgm.close()

@@ -71,7 +71,7 @@ def vision(context: Context) -> Trainer:
     networks['vision_heads'] = PatchHeads(VISION['hidden_size'], context.vocabulary.labels, characters=False)
     context.load(networks, set())
     loss = lambda batch: networks['vision_heads'](networks['vision'](understanding.low_resolution(batch[0])), batch[1])
-    return context.trainer('vision', networks, context.scenes(), loss)
+    return context.trainer('vision', networks, context.scenes(), loss, muon=True)
 
 
 def text(context: Context) -> Trainer:
@@ -83,7 +83,7 @@ def text(context: Context) -> Trainer:
         features = networks['oracle'](batch['labels']) if 'labels' in batch else None
         return understanding.language_loss(networks['decoder'], batch, features)
 
-    return context.trainer('text', networks, context.conversations(pictures=False), loss, decay=0.05)
+    return context.trainer('text', networks, context.conversations(pictures=False), loss, decay=0.05, muon=True)
 
 
 def mining(context: Context) -> Trainer:
@@ -110,7 +110,7 @@ def mining(context: Context) -> Trainer:
         return metrics | {'loss': metrics['loss'] + distance, 'distance': distance}
 
     rates = {'convnext': 0.3, 'vision': 0.3}
-    return context.trainer('mining', trained, context.scenes(), loss, rates=rates)
+    return context.trainer('mining', trained, context.scenes(), loss, rates=rates, muon=True)
 
 
 def joint(context: Context) -> Trainer:
@@ -130,7 +130,7 @@ def joint(context: Context) -> Trainer:
         seen = heads['mining_heads'](features, batch['labels'])
         return seen | metrics | {'loss': metrics['loss'] + 0.2 * seen['loss'], 'language': metrics['loss']}
 
-    return context.trainer('joint', trained, context.conversations(pictures=True), loss, average=0.999)
+    return context.trainer('joint', trained, context.conversations(pictures=True), loss, average=0.999, muon=True)
 
 
 def vae(context: Context) -> Trainer:
@@ -164,7 +164,8 @@ def draw(context: Context) -> Trainer:
     files = tuple(folder / 'latents.npy' for folder in latents_of(context))
     scale = json.loads(path.read_text())['scaling_factor']
     make = drawing.Drawings(context.lessons, context.held_out, files, context.vocabulary, context.batch, scale)
-    return context.trainer('draw', networks, make, lambda batch: drawing.denoising_loss(networks, batch), average=0.999)
+    loss = lambda batch: drawing.denoising_loss(networks, batch)
+    return context.trainer('draw', networks, make, loss, average=0.999, muon=True)
 
 
 @dataclass
@@ -176,7 +177,7 @@ class Stage:
 
 
 STAGES = {
-    'convnext': Stage(convnext, 3000, 64, 2e-3),
+    'convnext': Stage(convnext, 6000, 96, 2e-3),
     'vision': Stage(vision, 8000, 32, 1e-3),
     'text': Stage(text, 5000, 16, 1e-3),
     'mining': Stage(mining, 6000, 16, 1e-3),

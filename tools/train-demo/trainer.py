@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lessons import prefetched
+from muon import Muon, matrices_of
 
 Metrics = dict[str, Tensor]
 SAVE_SECONDS = 300
@@ -58,9 +59,11 @@ def save_weights(run: Path, networks: dict[str, nn.Module], average: dict[str, T
 class Trainer:
     """Trains `networks` together.
 
-    `loss(batch)` gives metrics, of which `loss` is descended; `make(seed, held_out)` makes a batch, on another thread.
+    `loss(batch)` gives metrics, of which `loss` is descended; `make(seed, held_out, done)` makes a batch, on another thread;
+    `done` is the part of the stage that is over, 1 for held-out batches.
     `rates` multiply the learning rate of networks, 1 by default. `average` is the decay of the moving average of
     weights that is saved in their place, None for none. `bf16` multiplies matrices in bf16; weights and sums stay f32.
+    `muon`: Muon trains the matrices inside of networks, AdamW the rest; AdamW all of them without it.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Trainer:
         stage: str,
         run: Path,
         networks: dict[str, nn.Module],
-        make: Callable[[int, bool], object],
+        make: Callable[[int, bool, float], object],
         loss: Callable[[object], Metrics],
         *,
         rate: float,
@@ -76,17 +79,24 @@ class Trainer:
         decay: float = 0.02,
         average: float | None = None,
         bf16: bool = False,
+        muon: bool = False,
     ):
         self.stage, self.run, self.networks, self.make, self.loss = stage, run, networks, make, loss
         self.decay_of_average, self.bf16 = average, bf16
-        groups = []
+        orthogonal, matrices, vectors = [], [], []
         for name, network in networks.items():
-            factor = rate * (rates or {}).get(name, 1)
-            matrices = [p for p in network.parameters() if p.requires_grad and p.dim() > 1]
-            vectors = [p for p in network.parameters() if p.requires_grad and p.dim() <= 1]
-            groups.append({'params': matrices, 'weight_decay': decay, 'rate': factor})
-            groups.append({'params': vectors, 'weight_decay': 0.0, 'rate': factor})
-        self.optimizer = torch.optim.AdamW([group for group in groups if group['params']], lr=rate, betas=(0.9, 0.98))
+            inner = {id(p) for p in matrices_of(network)} if muon and not name.endswith('_heads') else set()
+            trained = [p for p in network.parameters() if p.requires_grad]
+            group = {'rate': rate * (rates or {}).get(name, 1)}
+            orthogonal.append(group | {'params': [p for p in trained if id(p) in inner]})
+            matrices.append(group | {'params': [p for p in trained if p.dim() > 1 and id(p) not in inner]})
+            vectors.append(group | {'params': [p for p in trained if p.dim() <= 1], 'weight_decay': 0.0})
+        filled = lambda groups: [group for group in groups if group['params']]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(filled(matrices + vectors), lr=rate, betas=(0.9, 0.98), weight_decay=decay)
+        ]
+        if filled(orthogonal):
+            self.optimizers.append(Muon(filled(orthogonal), lr=rate, weight_decay=decay))
         self.step = 0
         self.averages = None if average is None else {k: v.clone() for k, v in self._parameters()}
         (run / 'logs').mkdir(parents=True, exist_ok=True)
@@ -109,7 +119,7 @@ class Trainer:
         handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
         started = logged = saved = time.monotonic()
         first, sums = self.step, {}
-        make = lambda step: self.make(seed_of(seed, self.stage, step), False)
+        make = lambda step: self.make(seed_of(seed, self.stage, step), False, step / steps)
         try:
             for data in prefetched(make, self.step, steps):
                 torch.manual_seed(seed_of(seed, self.stage, self.step, 'loss'))
@@ -139,7 +149,7 @@ class Trainer:
         warm = min(1.0, (self.step + 1) / min(200, max(1, steps // 10)))
         # A cosine down to a twentieth.
         factor = warm * (0.525 + 0.475 * math.cos(math.pi * self.step / steps))
-        for group in self.optimizer.param_groups:
+        for group in self._groups():
             group['lr'] = group['rate'] * factor
         for network in self.networks.values():
             network.train()
@@ -147,10 +157,12 @@ class Trainer:
         if not torch.isfinite(metrics['loss']):
             loss = float(metrics['loss'])
             raise SystemExit(f'{self.stage}: the loss of step {self.step} is {loss}; resume with a lower --rate')
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         metrics['loss'].backward()
-        torch.nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g['params']], 1.0)
-        self.optimizer.step()
+        torch.nn.utils.clip_grad_norm_([p for group in self._groups() for p in group['params']], 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
         if self.averages is not None:
             decay = min(self.decay_of_average, (self.step + 1) / (self.step + 10))
             for name, parameter in self._parameters():
@@ -160,6 +172,9 @@ class Trainer:
     def _loss(self, data: object) -> Metrics:
         with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16):
             return self.loss(data)
+
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _parameters(self):
         for name, network in self.networks.items():
@@ -171,7 +186,7 @@ class Trainer:
         sums: dict[str, float] = {}
         for i in range(batches):
             torch.manual_seed(i)
-            for key, value in self._loss(self.make(seed_of(seed, self.stage, 'held out', i), True)).items():
+            for key, value in self._loss(self.make(seed_of(seed, self.stage, 'held out', i), True, 1)).items():
                 sums[f'held_out_{key}'] = sums.get(f'held_out_{key}', 0.0) + float(value) / batches
         return sums
 
@@ -179,7 +194,7 @@ class Trainer:
         state = {
             'step': self.step,
             'networks': {name: network.state_dict() for name, network in self.networks.items()},
-            'optimizer': self.optimizer.state_dict(),
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'averages': self.averages,
         }
         torch.save(state, f'{self.checkpoint}.partial')
@@ -193,9 +208,10 @@ class Trainer:
         self.step, self.averages = state['step'], state['averages']
         for name, network in self.networks.items():
             network.load_state_dict(state['networks'][name])
-        rates = [group['rate'] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state['optimizer'])
-        for group, rate in zip(self.optimizer.param_groups, rates):
+        rates = [group['rate'] for group in self._groups()]
+        for optimizer, saved in zip(self.optimizers, state['optimizers'], strict=True):
+            optimizer.load_state_dict(saved)
+        for group, rate in zip(self._groups(), rates, strict=True):
             group['rate'] = rate
 
     def _write(self, line: dict[str, float]) -> None:

@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from config import CONVNEXT, DECODER, PIXELS, VISION
-from lessons import CHARACTERS, GRID, SLOTS, Labels, Lessons, normalised, stacked
+from lessons import CHARACTERS, DRAWN, GRID, PITCH, SLOTS, Labels, Lessons, normalised, prompt_of, stacked
 from networks.clip import ClipVision
 from networks.convnext import ConvNext, concatenated
 from networks.decoder import Decoder
@@ -17,6 +18,8 @@ from vocabulary import IMAGE, Vocabulary
 TOKENS = GRID * GRID
 MAP_WIDTH = sum(CONVNEXT['dims'])
 CROP = 64
+ZOOM = 2.4
+SIGN_WIDTH = 28  # pixels of the widest
 MOST_TEXT = 192  # ids of a conversation, pictures aside
 
 
@@ -57,6 +60,7 @@ class PatchHeads(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.kind, self.centre = nn.Linear(width, kinds), nn.Linear(width, kinds)
         self.colour = nn.Linear(width, len(labels.colours))
+        self.offset = nn.Linear(width, 2)
         self.characters = nn.Linear(width, SLOTS * (len(CHARACTERS) + 1)) if characters else None
 
     def forward(self, states: Tensor, labels: dict[str, Tensor]) -> Metrics:
@@ -73,6 +77,7 @@ class PatchHeads(nn.Module):
             'centre': accuracy(centre, labels['centre'], labels['centre'] > 0),
             'colour': accuracy(colour, labels['colour']),
         }
+        placed = labels['centre'] > 0
         if self.characters is not None:
             read = self.characters(x).unflatten(-1, (SLOTS, -1))
             target = labels['characters']
@@ -81,12 +86,18 @@ class PatchHeads(nn.Module):
             weight = 1 + 9 * (target.flatten() > 0)
             losses.append((loss * weight).sum() / weight.sum())
             metrics['character'] = accuracy(read, target, target > 0)
+            placed |= target[..., 0] > 0
+        away = (self.offset(x) - labels['offset'])[placed].float().square().mean()
+        losses.append(away)
+        metrics['away'] = away.sqrt()
         return {'loss': torch.stack(losses).sum(), **metrics}
 
 
 def seen(lessons: Lessons, lesson: dict, scene: int) -> np.ndarray:
-    """A lesson's picture, at the size that the model looks at."""
+    """A lesson's picture, at the size that the model looks at; drawings are enlarged as the image processor does it."""
     picture = lessons.picture(lesson, scene)
+    if scene == DRAWN:
+        return np.asarray(Image.fromarray(picture).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
     if len(picture) != PIXELS:
         raise SystemExit(
             f'expected pictures of {PIXELS} pixels but found {len(picture)}: make the data with --pixels {PIXELS}'
@@ -95,56 +106,67 @@ def seen(lessons: Lessons, lesson: dict, scene: int) -> np.ndarray:
 
 
 class Scenes:
-    """Whole pictures and what each patch of them shows. The learner's two scenes of a lesson serve alike."""
+    """Whole pictures and what each patch of them shows. The learner's two scenes of a lesson serve alike; some are drawings,
+    which are to be told apart too."""
 
     def __init__(self, lessons: Lessons, held_out: Lessons, labels: Labels, batch: int):
         self.lessons, self.held_out, self.labels, self.batch = lessons, held_out, labels, batch
 
-    def __call__(self, seed: int, held_out: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, seed: int, held_out: bool, done: float) -> tuple[Tensor, dict[str, Tensor]]:
         random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
         pictures, labels = [], []
         for _ in range(self.batch):
-            lesson, which = lessons[random.integers(len(lessons))], int(random.integers(2))
+            lesson, which = lessons[random.integers(len(lessons))], int(random.choice(3, p=[0.4, 0.4, 0.2]))
             pictures.append(seen(lessons, lesson, which))
             labels.append(self.labels.patches(lesson['scenes'][which]))
         return normalised(pictures), stacked(labels)
 
 
 class Crops(Scenes):
-    """Squares of CROP pixels, half of them of objects and half around a character of a sign."""
+    """Squares of CROP pixels: a third of them of objects, the rest of signs, at first ZOOM times as large.
 
-    def __call__(self, seed: int, held_out: bool) -> dict[str, Tensor]:
+    Letters of their own size are not learnt from scratch: after 100,000 crops a ConvNeXt, which sees them through squares
+    of 4 pixels, was still at chance. Larger ones are, and then smaller and smaller ones.
+    """
+
+    def __call__(self, seed: int, held_out: bool, done: float) -> dict[str, Tensor]:
         random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
-        rows: dict[str, list] = {'objects': [], 'kind': [], 'signs': [], 'at': [], 'character': []}
-        while len(rows['objects']) < self.batch // 2 or len(rows['signs']) < self.batch // 2:
+        objects = self.batch // 3
+        rows: dict[str, list] = {key: [] for key in ('objects', 'kind', 'signs', 'text', 'at', 'character')}
+        while len(rows['objects']) < objects or len(rows['signs']) < self.batch - objects:
             lesson, which = lessons[random.integers(len(lessons))], int(random.integers(2))
-            picture, scene = seen(lessons, lesson, which), lesson['scenes'][which]
-            if len(rows['objects']) < self.batch // 2:
+            scene = lesson['scenes'][which]
+            wants_object = len(rows['objects']) < objects
+            if not wants_object and not scene['signs']:
+                continue
+            picture = seen(lessons, lesson, which)
+            if wants_object:
                 thing = scene['objects'][random.integers(len(scene['objects']))]
                 side = random.uniform(CROP, max(CROP, 1.2 * thing['size'] * PIXELS))
                 x, y = (thing[axis] * PIXELS + random.uniform(-8, 8) for axis in 'xy')
-                crop, _ = cropped(picture, x, y, round(side))
-                rows['objects'].append(crop)
+                rows['objects'].append(resized(cropped(picture, x, y, round(side))[0]))
                 rows['kind'].append(self.labels.kind_of[thing['kind']])
-            characters = self.labels.characters(scene)
-            if characters and len(rows['signs']) < self.batch // 2:
-                x, y, number = characters[random.integers(len(characters))]
-                x, y = x * PIXELS, y * PIXELS
-                # At the picture's own scale: letters are never seen larger than they are.
-                crop, (left, top) = cropped(picture, *(v + random.uniform(-20, 20) for v in (x, y)), CROP)
-                rows['signs'].append(crop)
-                rows['at'].append(((x - left) / CROP, (y - top) / CROP))
-                rows['character'].append(number)
+            for sign in scene['signs'][: self.batch - objects - len(rows['signs'])]:
+                zoom = max(1, (1 + (ZOOM - 1) * min(1, (0.65 - done) / 0.5)) * random.uniform(0.85, 1))
+                side = round(CROP / zoom)
+                x, y = (sign[axis] * PIXELS for axis in 'xy')
+                free = max(0, side / 2 - SIGN_WIDTH / 2)  # how far off the middle a sign is still whole
+                crop, (left, top) = cropped(picture, *(v + random.uniform(-free, free) for v in (x, y)), side)
+                text = self.labels.text_of(sign)
+                length = len(sign['text'])
+                which_character = random.integers(length)
+                right = (which_character + 0.5 - length / 2) * PITCH * sign['size'] * PIXELS
+                rows['signs'].append(resized(crop))
+                rows['text'].append(text)
+                rows['at'].append(
+                    (((x - left) / side, (y - top) / side), ((x + right - left) / side, (y - top) / side))
+                )
+                rows['character'].append(text[which_character])
         return {
-            'objects': torch.cat(
-                [
-                    F.interpolate(normalised([crop]), size=CROP, mode='bilinear', antialias=True)
-                    for crop in rows['objects']
-                ]
-            ),
+            'objects': normalised(rows['objects']),
             'signs': normalised(rows['signs']),
             'at': torch.tensor(rows['at'], dtype=torch.float32),
-            **{key: torch.tensor(rows[key]) for key in ('kind', 'character')},
+            **{key: torch.from_numpy(np.stack(rows[key])) for key in ('kind', 'text', 'character')},
         }
 
 
@@ -155,25 +177,41 @@ def cropped(picture: np.ndarray, x: float, y: float, side: int) -> tuple[np.ndar
     return picture[top : top + side, left : left + side], (left, top)
 
 
+def resized(crop: np.ndarray) -> np.ndarray:
+    if len(crop) == CROP:
+        return crop
+    return np.asarray(Image.fromarray(crop).resize((CROP, CROP), Image.Resampling.BICUBIC))
+
+
 class CropHeads(nn.Module):
-    """What is on a crop: its object from the last map, a character from all maps at its place, as mining reads them."""
+    """What is on a crop: its object from the last map; from all maps, as mining reads them, a sign's text at its centre
+    and one of its characters at that one's place."""
 
     def __init__(self, labels: Labels):
         super().__init__()
-        self.kind_norm, self.character_norm = nn.LayerNorm(CONVNEXT['dims'][-1]), nn.LayerNorm(MAP_WIDTH)
-        self.kind = nn.Linear(CONVNEXT['dims'][-1], len(labels.kinds) + 1)
-        self.character = nn.Linear(MAP_WIDTH, len(CHARACTERS) + 1)
+        width, characters = CONVNEXT['dims'][-1], len(CHARACTERS) + 1
+        part = lambda width, count: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, count))
+        self.kind = part(width, len(labels.kinds) + 1)
+        self.text, self.character = part(MAP_WIDTH, SLOTS * characters), part(MAP_WIDTH, characters)
 
     def forward(self, convnext: nn.Module, batch: dict[str, Tensor]) -> Metrics:
-        kind = self.kind(self.kind_norm(convnext(batch['objects'])[-1].mean((1, 2))))
+        kind = self.kind(convnext(batch['objects'])[-1].mean((1, 2)))
         maps = concatenated(convnext(batch['signs'])).permute(0, 3, 1, 2)
-        places = (2 * batch['at'] - 1)[:, None, None]
-        x = F.grid_sample(maps, places, mode='bilinear', align_corners=False).flatten(1)
-        character = self.character(self.character_norm(x))
+        at_sign, at_character = (
+            F.grid_sample(maps, (2 * places - 1)[:, None, None].to(maps.dtype), mode='bilinear', align_corners=False).flatten(1)
+            for places in batch['at'].unbind(1)
+        )
+        text, character = self.text(at_sign).unflatten(-1, (SLOTS, -1)), self.character(at_character)
+        losses = [
+            F.cross_entropy(kind, batch['kind']),
+            F.cross_entropy(text.flatten(0, 1), batch['text'].flatten()),
+            F.cross_entropy(character, batch['character']),
+        ]
         return {
-            'loss': F.cross_entropy(kind, batch['kind']) + F.cross_entropy(character, batch['character']),
+            'loss': torch.stack(losses).sum(),
             'kind': accuracy(kind, batch['kind']),
             'character': accuracy(character, batch['character']),
+            'text': (text.argmax(-1) == batch['text']).all(-1).float().mean(),
         }
 
 
@@ -190,6 +228,7 @@ class Oracle(nn.Module):
         self.colour = nn.Embedding(len(labels.colours), width)
         self.characters = nn.Embedding(SLOTS * (len(CHARACTERS) + 1), width)
         self.position = nn.Embedding(TOKENS, width)
+        self.offset = nn.Linear(2, width, bias=False)
         for table in self.children():
             nn.init.normal_(table.weight, std=0.5 * width**-0.5)
 
@@ -201,6 +240,7 @@ class Oracle(nn.Module):
             + self.centre(labels['centre'])
             + self.colour(labels['colour'])[:, None]
             + self.characters(labels['characters'] + slots).sum(2)
+            + self.offset(labels['offset'])
             + self.position.weight
         )
 
@@ -212,7 +252,7 @@ class Conversations(Scenes):
         super().__init__(lessons, held_out, vocabulary.labels, batch)
         self.vocabulary, self.pictures = vocabulary, pictures
 
-    def __call__(self, seed: int, held_out: bool) -> dict[str, Tensor]:
+    def __call__(self, seed: int, held_out: bool, done: float) -> dict[str, Tensor]:
         random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
         # All of a batch have as many pictures, so that little is padding.
         count = int(random.choice([1, 2, 0], p=[0.75, 0.15, 0.1]))
@@ -220,6 +260,8 @@ class Conversations(Scenes):
         while len(rows) < self.batch:
             lesson = lessons[random.integers(len(lessons))]
             fitting = [example for example in lesson['examples'] if len(example['pictures']) == count]
+            if count == 1 and random.random() < 0.15:
+                fitting = [about_drawing(lesson)]
             if not fitting:
                 continue
             chosen = [fitting[i] for i in random.permutation(len(fitting))]
@@ -244,6 +286,15 @@ class Conversations(Scenes):
                 break
             turns = longer
         return turns
+
+
+def about_drawing(lesson: dict) -> dict:
+    """An example that asks what is in the lesson's drawing, in the words of its caption."""
+    turns = (turn for example in lesson['examples'] for turn in example['turns'])
+    question = next(turn['question'] for turn in turns if turn['task'] == 'caption')
+    answer = prompt_of(lesson)
+    turn = {'task': 'caption', 'question': question, 'answer': f'{answer[0].upper()}{answer[1:]}.'}
+    return {'pictures': [DRAWN], 'turns': [turn]}
 
 
 def spread(ids: list[int], values: list[int] | None = None) -> list[int]:

@@ -18,7 +18,7 @@ class Block(nn.Module):
         self.conv_dw = nn.Conv2d(width, width, 7, padding=3, groups=width)
         self.norm = nn.LayerNorm(width, EPS)
         self.mlp = nn.ModuleDict({'fc1': nn.Linear(width, 4 * width), 'fc2': nn.Linear(4 * width, width)})
-        self.gamma = nn.Parameter(torch.full((width,), 0.1))
+        self.gamma = nn.Parameter(torch.full((width,), 0.5))
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.gelu(self.mlp['fc1'](self.norm(_conv(self.conv_dw, x))))
@@ -41,9 +41,10 @@ class ConvNext(nn.Module):
         self.stages = nn.ModuleList(
             _Stage(before, width, depth) for before, width, depth in zip([None, *dims], dims, depths)
         )
+        # The 0.02 of large models would leave layers this narrow nearly silent.
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:

@@ -89,7 +89,7 @@ class Decoder(nn.Module):
             if weight.dim() == 2:
                 # What is added to the residual is smaller the more there is of it (GPT-2).
                 adds = name.endswith(('o_proj.weight', 'down_proj.weight'))
-                nn.init.normal_(weight, std=0.02 / (2 * depth) ** 0.5 if adds else 0.02)
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5 / ((2 * depth) ** 0.5 if adds else 1))
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.model['embed_tokens'](ids)
