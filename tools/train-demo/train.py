@@ -63,7 +63,7 @@ def convnext(context: Context) -> Trainer:
     networks['convnext_heads'] = understanding.CropHeads(context.vocabulary.labels)
     context.load(networks, set())
     loss = lambda batch: networks['convnext_heads'](networks['convnext'], batch)
-    return context.trainer('convnext', networks, context.scenes(understanding.Crops), loss)
+    return context.trainer('convnext', networks, context.scenes(understanding.Crops), loss, muon=True)
 
 
 def vision(context: Context) -> Trainer:
