@@ -7,6 +7,7 @@ import { parseArgs } from 'node:util'
 import { chromium } from 'playwright-core'
 import { MiniGemini } from '../dist/index.js'
 import { serve } from '../dist/web/index.js'
+import { findChromium } from './chromium.mjs'
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..')
 const { values, positionals } = parseArgs({
@@ -33,7 +34,7 @@ await mkdir(values.out, { recursive: true })
 const mgm = await MiniGemini.load(checkpoint, { diffusion: values.diffusion ?? join(checkpoint, 'sdxl') })
 const server = await serve(mgm)
 const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM_PATH ?? '/usr/bin/chromium',
+  executablePath: findChromium(),
   args: ['--no-sandbox'],
 })
 try {

@@ -4,6 +4,7 @@ import {
   generateLesson,
   type Lesson,
   type Message,
+  messagesOf,
   readFacts,
   scoreAnswer,
   type Turn,
@@ -72,24 +73,19 @@ export async function evaluate(ask: Ask, options: EvaluateOptions): Promise<Unde
   await forEach(options, async seed => {
     const lesson = generateLesson(seed)
     for (const { pictures, turns } of lesson.examples) {
-      const messages: Message[] = []
+      const said: Turn[] = []
       let allExact = true
-      for (const [i, turn] of turns.entries()) {
-        messages.push({
-          role: 'user',
-          content: turn.question,
-          ...(turn.task === 'draw' ? { gen: true as const } : {}),
-        })
-        const text = await ask(messages, pictures, lesson)
-        messages.push({ role: 'assistant', content: text })
+      for (const turn of turns) {
+        const text = await ask(messagesOf({ pictures, turns: [...said, turn] }), pictures, lesson)
         const { exact } = scoreAnswer(turn, text)
         allExact &&= exact
-        if (i > 0) add('followUp', Number(exact))
+        if (said.length > 0) add('followUp', Number(exact))
         add(measureOf(turn), Number(exact))
+        said.push({ ...turn, answer: text })
         if (turn.task !== 'caption') continue
-        add('captionObject', ...facts(turn, text, 'object '))
-        if (heldOutPairs(lesson.scenes[pictures[0]!]!).length > 0)
-          add('captionObjectUnseen', ...facts(turn, text, 'object '))
+        const objects = facts(turn, text, 'object ')
+        add('captionObject', ...objects)
+        if (heldOutPairs(lesson.scenes[pictures[0]!]!).length > 0) add('captionObjectUnseen', ...objects)
         add('captionSign', ...facts(turn, text, 'sign '))
         add('captionBackground', ...facts(turn, text, 'background'))
       }

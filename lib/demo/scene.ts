@@ -134,7 +134,7 @@ export function checkScene(value: unknown): Scene {
   }
 }
 
-const MOST_OBJECTS = 4
+export const MOST_OBJECTS = 4
 const MOST_SIGNS = 2
 
 function checkObject(value: unknown, i: number): SceneObject {

@@ -1,4 +1,3 @@
-import { execFileSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Browser, chromium, type Page } from 'playwright-core'
@@ -6,20 +5,12 @@ import sharp from 'sharp'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import type { MiniGemini } from '../../lib/index.ts'
 import { serve, type WebServer } from '../../lib/web/index.ts'
+import { findChromium } from '../../scripts/chromium.mjs'
 import { sample, vicuna } from '../e2e/cases.ts'
 import { linger, loadTiny, say } from './planted.ts'
 
 const executablePath = findChromium()
 const picture = readFileSync(join(vicuna.root, sample(vicuna, 'single').images[0]!))
-
-function findChromium(): string | undefined {
-  if (process.env.CHROMIUM_PATH) return process.env.CHROMIUM_PATH
-  for (const name of ['chromium', 'chromium-browser', 'google-chrome'])
-    try {
-      return execFileSync('/bin/sh', ['-c', `command -v ${name}`], { encoding: 'utf8' }).trim()
-    } catch {}
-  return undefined
-}
 
 it.runIf(process.env.CI === 'true')('there is a Chromium to run the page in', () => {
   expect(executablePath, 'install chromium, or say where one is in CHROMIUM_PATH').toBeDefined()

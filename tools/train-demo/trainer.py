@@ -59,8 +59,8 @@ def save_weights(run: Path, networks: dict[str, nn.Module], average: dict[str, T
 class Trainer:
     """Trains `networks` together.
 
-    `loss(batch)` gives metrics, of which `loss` is descended; `make(seed, held_out, done)` makes a batch, on another thread;
-    `done` is the part of the stage that is over, 1 for held-out batches.
+    `loss(batch)` gives metrics, of which `loss` is descended; `make(seed, held_out, done)` makes a batch, on another
+    thread; `done` is the part of the stage that is over, 1 for held-out batches.
     `rates` multiply the learning rate of networks, 1 by default. `average` is the decay of the moving average of
     weights that is saved in their place, None for none. `bf16` multiplies matrices in bf16; weights and sums stay f32.
     `muon`: Muon trains the matrices inside of networks, AdamW the rest; AdamW all of them without it.

@@ -106,8 +106,8 @@ def seen(lessons: Lessons, lesson: dict, scene: int) -> np.ndarray:
 
 
 class Scenes:
-    """Whole pictures and what each patch of them shows. The learner's two scenes of a lesson serve alike; some are drawings,
-    which are to be told apart too."""
+    """Whole pictures and what each patch of them shows. The learner's two scenes of a lesson serve alike; some are
+    drawings, which are to be told apart too."""
 
     def __init__(self, lessons: Lessons, held_out: Lessons, labels: Labels, batch: int):
         self.lessons, self.held_out, self.labels, self.batch = lessons, held_out, labels, batch
@@ -125,8 +125,8 @@ class Scenes:
 class Crops(Scenes):
     """Squares of CROP pixels: a third of them of objects, the rest of signs, at first ZOOM times as large.
 
-    Letters of their own size are not learnt from scratch: after 100,000 crops a ConvNeXt, which sees them through squares
-    of 4 pixels, was still at chance. Larger ones are, and then smaller and smaller ones.
+    Letters of their own size are not learnt from scratch: after 100,000 crops a ConvNeXt, which sees them through
+    squares of 4 pixels, was still at chance. Larger ones are, and then smaller and smaller ones.
     """
 
     def __call__(self, seed: int, held_out: bool, done: float) -> dict[str, Tensor]:
@@ -197,10 +197,8 @@ class CropHeads(nn.Module):
     def forward(self, convnext: nn.Module, batch: dict[str, Tensor]) -> Metrics:
         kind = self.kind(convnext(batch['objects'])[-1].mean((1, 2)))
         maps = concatenated(convnext(batch['signs'])).permute(0, 3, 1, 2)
-        at_sign, at_character = (
-            F.grid_sample(maps, (2 * places - 1)[:, None, None].to(maps.dtype), mode='bilinear', align_corners=False).flatten(1)
-            for places in batch['at'].unbind(1)
-        )
+        places = (2 * batch['at'] - 1)[:, None].to(maps.dtype)
+        at_sign, at_character = F.grid_sample(maps, places, mode='bilinear', align_corners=False)[:, :, 0].unbind(-1)
         text, character = self.text(at_sign).unflatten(-1, (SLOTS, -1)), self.character(at_character)
         losses = [
             F.cross_entropy(kind, batch['kind']),

@@ -5,6 +5,7 @@ import {
   type Box,
   isInside,
   kindOf,
+  MOST_OBJECTS,
   objectBox,
   PATTERNS,
   type Pattern,
@@ -14,10 +15,10 @@ import {
   type Sign,
   signBox,
 } from '../../demo/scene.ts'
+import { WORLD } from '../../demo/world.ts'
 import { get, make } from './dom.ts'
 import { sceneUrl } from './pictures.ts'
 
-const MOST_OBJECTS = 4
 /** Where emoji come to stand when they are added. */
 const PLACES = [
   [0.3, 0.3],
@@ -25,8 +26,8 @@ const PLACES = [
   [0.72, 0.25],
   [0.28, 0.72],
 ] as const
-/** The height of letters in training. */
-const SIGN_SIZE = 0.016
+/** The height of letters: in the middle of what training has. */
+const SIGN_SIZE = (WORLD.signSize[0] + WORLD.signSize[1]) / 2
 
 type Mutable<T> = { -readonly [K in keyof T]: T[K] }
 
