@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention
+
 
 class RmsNorm(nn.Module):
     """Gemma's: multiplies by 1 + weight."""
@@ -43,7 +45,7 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, self.theta), rotate(k, self.theta)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        attended = attention(q, k, v, causal=True)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention
 from .blocks import Block, Resnet, Sampler
 
 
@@ -30,7 +31,7 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Geglu(nn.Module):
