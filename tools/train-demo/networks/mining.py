@@ -1,5 +1,6 @@
 """Patch info mining and the projector, as lib/models/patch-mining.ts and projector.ts compute them."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,12 +25,16 @@ class Mining(nn.Module):
         """tokens [B, N, C] over a square grid, maps of `ConvNext` -> what each token mined, [B, N, C]."""
         batch, count, width = tokens.shape
         grid = round(count**0.5)
+        if torch.is_autocast_enabled('cpu'):
+            # Most of the time here is reading and writing these.
+            maps = [x.to(torch.get_autocast_dtype('cpu')) for x in maps]
         x = concatenated(maps)
         window = x.shape[1] // grid
         # [B, grid, window, grid, window, M] -> [B * N, window * window, M]
         x = x.unflatten(2, (grid, window)).unflatten(1, (grid, window)).transpose(2, 3)
         x = x.reshape(batch * count, window * window, -1)
-        x = F.layer_norm(x, x.shape[-1:])
+        with torch.autocast('cpu', enabled=False):
+            x = F.layer_norm(x, x.shape[-1:])
 
         key_norm, key = self.vlm_uni_aux_projector
         value_norm, value = self.vlm_uni_val_projector
