@@ -152,7 +152,8 @@ def condition(networks: dict[str, nn.Module], batch: dict[str, Tensor]) -> tuple
 
 
 def denoising_loss(networks: dict[str, nn.Module], batch: dict[str, Tensor]) -> Metrics:
-    """The error of the predicted noise, weighted by min-SNR (arXiv 2303.09556, gamma 5)."""
+    """The error of the predicted noise, weighted by min-SNR (arXiv 2303.09556, gamma 5), and more where there is hardly
+    anything but noise: up to ten times, because there the colours of large areas are made out."""
     latents, count = batch['latents'], len(batch['latents'])
     steps = torch.randint(SCHEDULER['num_train_timesteps'], (count,))
     alpha = alphas()[steps][:, None, None, None]
@@ -162,4 +163,5 @@ def denoising_loss(networks: dict[str, nn.Module], batch: dict[str, Tensor]) -> 
     predicted = networks['unet'](noisy, steps, context, pooled, time_ids(count))
     error = (predicted - noise).square().mean((1, 2, 3))
     ratio = (alpha / (1 - alpha)).flatten()
-    return {'loss': (error * ratio.clamp(max=5) / ratio).mean(), 'noise': error.mean()}
+    weight = (ratio.clamp(max=5) + 0.1) / (ratio + 0.01)
+    return {'loss': (error * weight).mean(), 'noise': error.mean()}
