@@ -26,10 +26,12 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Convolutions count as matrices [out, in * kernel]. `lr` is one that would suit AdamW."""
+    """Convolutions count as matrices [out, in * kernel]. `lr` is one that would suit AdamW. `bf16` iterates in it, as the
+    source does: in f32 that took a third of a step's time."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, bf16: bool = False):
         super().__init__(params, {'lr': lr, 'momentum': momentum, 'weight_decay': weight_decay})
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self) -> None:
@@ -42,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state['mean'] = torch.zeros_like(weight)
                 mean = state['mean'].lerp_(weight.grad, 1 - momentum)
-                update = orthogonalised(weight.grad.lerp(mean, momentum).flatten(1))
+                update = orthogonalised(weight.grad.lerp(mean, momentum).flatten(1).to(self.dtype))
                 # Of the root mean square that AdamW's steps have.
                 scale = 0.2 * max(update.shape) ** 0.5
-                weight.mul_(1 - rate * group['weight_decay']).add_(update.view_as(weight), alpha=-rate * scale)
+                weight.mul_(1 - rate * group['weight_decay']).add_(update.reshape(weight.shape), alpha=-rate * scale)

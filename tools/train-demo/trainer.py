@@ -96,7 +96,7 @@ class Trainer:
             torch.optim.AdamW(filled(matrices + vectors), lr=rate, betas=(0.9, 0.98), weight_decay=decay)
         ]
         if filled(orthogonal):
-            self.optimizers.append(Muon(filled(orthogonal), lr=rate, weight_decay=decay))
+            self.optimizers.append(Muon(filled(orthogonal), lr=rate, weight_decay=decay, bf16=bf16))
         self.step = 0
         self.averages = None if average is None else {k: v.clone() for k, v in self._parameters()}
         (run / 'logs').mkdir(parents=True, exist_ok=True)
