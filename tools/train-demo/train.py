@@ -76,11 +76,11 @@ def vision(context: Context) -> Trainer:
 
 def text(context: Context) -> Trainer:
     networks = chosen(understanding.build(context.vocabulary), 'decoder')
-    networks['oracle'] = understanding.Oracle(context.vocabulary.labels)
+    networks['oracle'] = understanding.Oracle(context.vocabulary)
     context.load(networks, set())
 
     def loss(batch: dict) -> dict:
-        features = networks['oracle'](batch['labels']) if 'labels' in batch else None
+        features = networks['oracle'](batch['labels'], networks['decoder']) if 'labels' in batch else None
         return understanding.language_loss(networks['decoder'], batch, features)
 
     return context.trainer('text', networks, context.conversations(pictures=False), loss, decay=0.05, muon=True)
@@ -88,10 +88,10 @@ def text(context: Context) -> Trainer:
 
 def mining(context: Context) -> Trainer:
     labels = context.vocabulary.labels
-    everything = understanding.build(context.vocabulary) | {'oracle': understanding.Oracle(labels)}
+    everything = understanding.build(context.vocabulary) | {'oracle': understanding.Oracle(context.vocabulary)}
     heads = {'mining_heads': PatchHeads(DECODER['hidden_size'], labels, characters=True)}
-    context.load(everything | heads, {'convnext', 'vision', 'oracle'})
-    oracle = everything['oracle'].requires_grad_(False)
+    context.load(everything | heads, {'convnext', 'vision', 'oracle', 'decoder'})
+    oracle, decoder = (everything[name].requires_grad_(False) for name in ('oracle', 'decoder'))
     towers = chosen(everything, 'convnext', 'vision')
     trained = chosen(everything, 'mining', 'projector') | heads
     if context.freeze_towers:
@@ -104,7 +104,7 @@ def mining(context: Context) -> Trainer:
         pixels, targets = batch
         features = understanding.encode(everything, pixels)
         metrics = heads['mining_heads'](features, targets)
-        wanted = oracle(targets)
+        wanted = oracle(targets, decoder)
         # Relative to how far the wanted embeddings are from each other.
         distance = (features - wanted).square().mean() / wanted.var()
         return metrics | {'loss': metrics['loss'] + distance, 'distance': distance}

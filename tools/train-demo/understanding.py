@@ -216,12 +216,14 @@ class CropHeads(nn.Module):
 class Oracle(nn.Module):
     """Embeds what patches show, in place of vision: so the decoder learns to talk before there is anything to see with.
 
-    The mining stage then teaches the projector these very embeddings.
+    The mining stage then teaches the projector these very embeddings. A kind's are made of those of its words: asked
+    for one, the decoder finds its patches because they are alike, which it need not learn for each kind by itself.
     """
 
-    def __init__(self, labels: Labels):
+    def __init__(self, vocabulary: Vocabulary):
         super().__init__()
-        width, kinds = DECODER['hidden_size'], len(labels.kinds) + 1
+        labels, width = vocabulary.labels, DECODER['hidden_size']
+        kinds = len(labels.kinds) + 1
         self.kind, self.centre = nn.Embedding(kinds, width), nn.Embedding(kinds, width)
         self.colour = nn.Embedding(len(labels.colours), width)
         self.characters = nn.Embedding(SLOTS * (len(CHARACTERS) + 1), width)
@@ -229,13 +231,22 @@ class Oracle(nn.Module):
         self.offset = nn.Linear(2, width, bias=False)
         for table in self.children():
             nn.init.normal_(table.weight, std=0.5 * width**-0.5)
+        self.kind_words, self.centre_words = (nn.Linear(width, width, bias=False) for _ in range(2))
+        for layer in (self.kind_words, self.centre_words):
+            nn.init.eye_(layer.weight)
+        words = torch.zeros(kinds, vocabulary.size)
+        for kind, number in labels.kind_of.items():
+            for id in vocabulary.words_of(kind):
+                words[number, id] = 1
+        self.register_buffer('words', words, persistent=False)
 
-    def forward(self, labels: dict[str, Tensor]) -> Tensor:
+    def forward(self, labels: dict[str, Tensor], decoder: Decoder) -> Tensor:
         """`Labels.patches` of B pictures -> [B, TOKENS, C]."""
         slots = torch.arange(SLOTS) * (len(CHARACTERS) + 1)
+        words = self.words @ decoder.model['embed_tokens'].weight
         return (
-            self.kind(labels['kind'])
-            + self.centre(labels['centre'])
+            F.embedding(labels['kind'], self.kind.weight + self.kind_words(words))
+            + F.embedding(labels['centre'], self.centre.weight + self.centre_words(words))
             + self.colour(labels['colour'])[:, None]
             + self.characters(labels['characters'] + slots).sum(2)
             + self.offset(labels['offset'])
@@ -322,8 +333,20 @@ def embedded(decoder: Decoder, ids: Tensor, features: Tensor | None) -> Tensor:
     return embeds.masked_scatter((ids == IMAGE)[..., None], features.to(embeds.dtype))
 
 
+def answer_weights(learnt: Tensor) -> Tensor:
+    """learnt [B, T] -> for each of its tokens, one over the root of how many its answer has.
+
+    Else captions, which are long, would drown yes and no.
+    """
+    first = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
+    answers = first.flatten().cumsum(0)[learnt.flatten()] - 1
+    return answers.bincount().float().rsqrt()[answers]
+
+
 def language_loss(decoder: Decoder, batch: dict[str, Tensor], features: Tensor | None) -> Metrics:
     states = decoder(embedded(decoder, batch['ids'], features))
     where = batch['target'] >= 0
     logits, target = decoder.logits(states[where]), batch['target'][where]
-    return {'loss': F.cross_entropy(logits, target), 'token': accuracy(logits, target)}
+    weight = answer_weights(where)
+    loss = (F.cross_entropy(logits, target, reduction='none') * weight).sum() / weight.sum()
+    return {'loss': loss, 'token': accuracy(logits, target)}

@@ -144,6 +144,17 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def words_of(self, kind: str) -> set[int]:
+        """The tokens of a kind's name, of one and of several."""
+        plurals = [f'{kind}s', f'{kind}es', f'{kind[:-1]}ies', f'{kind[:-1]}ves', f'{kind[:-2]}ves']
+        known = self.tokenizer.token_to_id
+        return {
+            id
+            for name in (kind, *plurals)
+            if all(known(f'{SPACE}{word}') is not None for word in name.split(' '))
+            for id in self.encode(f' {name}')
+        }
+
     def conversation(self, turns: list[dict], pictures: int) -> tuple[list[int], list[bool]]:
         """Ids of a conversation in Gemma's template with `IMAGE` for each picture, and which of them are to be learnt.
 
