@@ -4,7 +4,7 @@ import { isDeepStrictEqual } from 'node:util'
 import { MgmError } from '../errors.ts'
 import { renderPng, renderScene } from './render.ts'
 import type { Scene } from './scene.ts'
-import { type Example, generateLesson } from './tasks.ts'
+import { drillsOf, type Example, generateLesson } from './tasks.ts'
 import { type Split, sceneSeed } from './world.ts'
 
 export interface DatasetOptions {
@@ -38,6 +38,8 @@ export interface DatasetLine {
   /** Where each scene's picture lies in the shard's `.images`, and the length of its side. */
   readonly images: readonly { readonly offset: number; readonly bytes: number; readonly pixels: number }[]
   readonly examples: readonly Example[]
+  /** `drillsOf` the lesson. */
+  readonly drills: readonly Example[]
 }
 
 /**
@@ -71,7 +73,8 @@ async function writeShard(path: string, settings: DatasetOptions, shard: number)
     const end = Math.min((shard + 1) * settings.shard, count)
     for (let index = shard * settings.shard; index < end; index++) {
       const seed = sceneSeed(split, first + index)
-      const { scenes, examples } = generateLesson(seed)
+      const lesson = generateLesson(seed)
+      const { scenes, examples } = lesson
       const sides = [pixels, pixels, drawnPixels]
       const pictures = await Promise.all(scenes.map((scene, i) => render(scene, sides[i]!)))
       const images: DatasetLine['images'][number][] = []
@@ -80,7 +83,7 @@ async function writeShard(path: string, settings: DatasetOptions, shard: number)
         images.push({ offset, bytes: picture.length, pixels: sides[i]! })
         offset += picture.length
       }
-      const line: DatasetLine = { seed, scenes, images, examples }
+      const line: DatasetLine = { seed, scenes, images, examples, drills: drillsOf(lesson, seed) }
       lines.push(`${JSON.stringify(line)}\n`)
     }
   } finally {

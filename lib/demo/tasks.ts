@@ -645,6 +645,41 @@ export function generateLesson(seed: number, options: Partial<WorldOptions> = {}
   return { scenes: [scene, second, drawing], examples }
 }
 
+/**
+ * More questions on the two scenes of a lesson, for training: above all those that need what they name to be found in the
+ * picture, of which a lesson alone has so few that they are learnt very slowly. `each` a scene, in examples of one turn,
+ * and half as many on both, in one example of several turns.
+ */
+export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each = 10): Example[] {
+  const random = new Random(seed, 'drills')
+  const about = (picture: number, scene: Scene): Example[] =>
+    distinct(each, () =>
+      [
+        () => askRelation(scene, random),
+        () => askYesNo(scene, random),
+        () => askCount(scene, random),
+        () => askSign(scene, random),
+        () => askBackground(scene, random),
+        () => askCaption(scene, random),
+      ][random.weighted([8, 8, 3, 1, 1, 1])]!()?.turn,
+    ).map(turn => ({ pictures: [picture], turns: [turn] }))
+  return [
+    ...about(0, first),
+    ...about(1, second),
+    { pictures: [0, 1], turns: distinct(each / 2, () => compare(first, second, random)) },
+  ]
+}
+
+/** About `count` turns, no question twice. */
+function distinct(count: number, ask: () => Turn | undefined): Turn[] {
+  const turns = new Map<string, Turn>()
+  for (let tries = 0; tries < 2 * count && turns.size < count; tries++) {
+    const turn = ask()
+    if (turn) turns.set(turn.question, turn)
+  }
+  return [...turns.values()]
+}
+
 export interface Score {
   /** The answer is the expected one, apart from white space. */
   readonly exact: boolean

@@ -5,7 +5,7 @@ import sharp from 'sharp'
 import { afterEach, beforeEach, expect, it } from 'vitest'
 import { type DatasetLine, makeDataset } from '../../lib/demo/dataset.ts'
 import { renderScene } from '../../lib/demo/render.ts'
-import { generateLesson } from '../../lib/demo/tasks.ts'
+import { drillsOf, generateLesson } from '../../lib/demo/tasks.ts'
 import { sceneSeed } from '../../lib/demo/world.ts'
 
 let folder: string
@@ -40,7 +40,9 @@ it.each(['raw', 'png'] as const)('writes %s pictures where the lines say', async
   for (const [i, line] of lines.entries()) {
     const seed = sceneSeed('validation', 7 + 2 + i)
     expect(line.seed).toBe(seed)
-    expect({ scenes: line.scenes, examples: line.examples }).toEqual(generateLesson(seed))
+    const lesson = generateLesson(seed)
+    expect({ scenes: line.scenes, examples: line.examples }).toEqual(lesson)
+    expect(line.drills).toEqual(drillsOf(lesson, seed))
     for (const [k, { offset, bytes, pixels }] of line.images.entries()) {
       const part = images.subarray(offset, offset + bytes)
       const rgb = format === 'raw' ? part : await sharp(part).raw().toBuffer()

@@ -6,6 +6,7 @@ import type { Scene } from '../../lib/demo/scene.ts'
 import {
   captionOf,
   drawingPromptOf,
+  drillsOf,
   type Example,
   generateLesson,
   type Lesson,
@@ -21,10 +22,14 @@ import {
 import { heldOutPairs, sceneSeed } from '../../lib/demo/world.ts'
 import { imagePromptOf } from '../../lib/processing/image-prompt.ts'
 
-const lessons = Array.from({ length: 1200 }, (_, i) => generateLesson(sceneSeed('train', i)))
+const seeds = Array.from({ length: 1200 }, (_, i) => sceneSeed('train', i))
+const lessons = seeds.map(seed => generateLesson(seed))
+const drills = lessons.map((lesson, i) => drillsOf(lesson, seeds[i]!))
 
-const turns = lessons.flatMap(lesson =>
-  lesson.examples.flatMap(example => example.turns.map((turn, i) => ({ lesson, example, turn, i }))),
+const turns = lessons.flatMap((lesson, k) =>
+  [...lesson.examples, ...drills[k]!].flatMap(example =>
+    example.turns.map((turn, i) => ({ lesson, example, turn, i })),
+  ),
 )
 const turnsOf = (task: Turn['task']) => turns.filter(({ turn }) => turn.task === task)
 const pictured = ({ lesson, example }: { lesson: Lesson; example: Example }) =>
@@ -75,6 +80,19 @@ describe('lessons', () => {
 
   it('teach every task', () => {
     for (const task of TASKS) expect(turnsOf(task).length, task).toBeGreaterThan(100)
+  })
+
+  it('are drilled on both scenes and on the two together, no question twice', () => {
+    for (const [i, examples] of drills.entries()) {
+      expect(examples).toEqual(drillsOf(lessons[i]!, seeds[i]!))
+      for (const pictures of [[0], [1], [0, 1]]) {
+        const questions = examples
+          .filter(example => String(example.pictures) === String(pictures))
+          .flatMap(({ turns }) => turns.map(({ question }) => question))
+        expect(questions.length).toBeGreaterThan(1)
+        expect(new Set(questions).size).toBe(questions.length)
+      }
+    }
   })
 
   it('show no held-out pair in training, in none of their scenes', () => {

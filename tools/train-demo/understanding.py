@@ -20,7 +20,7 @@ MAP_WIDTH = sum(CONVNEXT['dims'])
 CROP = 64
 ZOOM = 2.4
 SIGN_WIDTH = 28  # pixels of the widest
-MOST_TEXT = 192  # ids of a conversation, pictures aside
+MOST_TEXT = 256  # ids of a conversation, pictures aside
 
 
 def build(vocabulary: Vocabulary) -> dict[str, nn.Module]:
@@ -264,17 +264,21 @@ class Conversations(Scenes):
     def __call__(self, seed: int, held_out: bool, done: float) -> dict[str, Tensor]:
         random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
         # All of a batch have as many pictures, so that little is padding.
-        count = int(random.choice([1, 2, 0], p=[0.75, 0.15, 0.1]))
+        count = int(random.choice([1, 2, 0], p=[0.72, 0.2, 0.08]))
         rows, pixels, labels = [], [], []
         while len(rows) < self.batch:
             lesson = lessons[random.integers(len(lessons))]
-            fitting = [example for example in lesson['examples'] if len(example['pictures']) == count]
+            pictures = [int(random.integers(2))] if count == 1 else list(range(count))
+            fitting = [e for e in lesson['examples'] + lesson['drills'] if e['pictures'] == pictures]
             if count == 1 and random.random() < 0.15:
                 fitting = [about_drawing(lesson)]
             if not fitting:
                 continue
             chosen = [fitting[i] for i in random.permutation(len(fitting))]
-            turns = self._fill(chosen if count == 1 else chosen[:1], count)
+            if random.random() < 0.5:
+                # Else whatever was named before would be there.
+                chosen.sort(key=lambda example: example['turns'][0]['task'] != 'yesno')
+            turns = self._fill(chosen if count > 0 else chosen[:1], count)
             rows.append(self.vocabulary.conversation(turns, count))
             for scene in chosen[0]['pictures']:
                 labels.append(self.labels.patches(lesson['scenes'][scene]))
