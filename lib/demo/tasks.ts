@@ -653,15 +653,17 @@ export function generateLesson(seed: number, options: Partial<WorldOptions> = {}
 export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each = 10): Example[] {
   const random = new Random(seed, 'drills')
   const about = (picture: number, scene: Scene): Example[] =>
-    distinct(each, () =>
-      [
-        () => askRelation(scene, random),
-        () => askYesNo(scene, random),
-        () => askCount(scene, random),
-        () => askSign(scene, random),
-        () => askBackground(scene, random),
-        () => askCaption(scene, random),
-      ][random.weighted([8, 8, 3, 1, 1, 1])]!()?.turn,
+    distinct(
+      each,
+      () =>
+        [
+          () => askRelation(scene, random),
+          () => askYesNo(scene, random),
+          () => askCount(scene, random),
+          () => askSign(scene, random),
+          () => askBackground(scene, random),
+          () => askCaption(scene, random),
+        ][random.weighted([8, 8, 3, 1, 1, 1])]!()?.turn,
     ).map(turn => ({ pictures: [picture], turns: [turn] }))
   return [
     ...about(0, first),
