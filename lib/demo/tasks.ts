@@ -454,8 +454,10 @@ function askSign({ signs }: Scene, random: Random): Asked | undefined {
   return { turn: { task: 'sign', question, answer: `${listed(signs.map(({ text }) => text))}.`, facts } }
 }
 
-/** A question of a random sort whose answer is `yes` as often as `no`. */
-function askYesNo(scene: Scene, random: Random): Asked {
+const YES_NO = { present: 0, background: 1, related: 2, text: 3, count: 4 }
+
+/** A question, of a random sort or of one of `YES_NO` where the scene has it, whose answer is `yes` as often as `no`. */
+function askYesNo(scene: Scene, random: Random, only?: number): Asked | undefined {
   const yes = random.chance(0.5)
   const items = itemsOf(scene)
   const counts = countsOf(scene)
@@ -471,8 +473,9 @@ function askYesNo(scene: Scene, random: Random): Asked {
     scene.signs.length === 1 ? 2 : 0,
     several.length > 0 ? 3 : 0, // are there so many
   ]
-  switch (random.weighted(sorts)) {
-    case 0: {
+  if (only !== undefined && sorts[only] === 0) return undefined
+  switch (only ?? random.weighted(sorts)) {
+    case YES_NO.present: {
       const object = random.pick(scene.objects)
       const kind = yes ? object.kind : absentKind(random, scene)
       const turn = yesNo(fill(random.pick(PHRASES.present), { a: withArticle(kind) }), yes)
@@ -480,18 +483,18 @@ function askYesNo(scene: Scene, random: Random): Asked {
         ? { turn, focus: { name: kind, x: object.x, y: object.y } }
         : { turn }
     }
-    case 1: {
+    case YES_NO.background: {
       const { colour } = scene.background
       const c = yes ? colour : random.pick(COLOUR_NAMES.filter(name => name !== colour))
       return { turn: yesNo(fill(random.pick(PHRASES.isBackground), { c }), yes) }
     }
-    case 2: {
+    case YES_NO.related: {
       const { a, b, d } = random.pick(related)
       const direction = DIRECTION_WORDS[yes ? d : OPPOSITE[d]]
       const question = fill(random.pick(PHRASES.isRelated), { x: a.name, y: b.name, d: direction })
       return { turn: yesNo(question, yes) }
     }
-    case 3: {
+    case YES_NO.text: {
       const { text } = scene.signs[0]!
       const asked = yes ? text : alteredText(text, random)
       return { turn: yesNo(fill(random.pick(PHRASES.saysText), { text: asked }), yes) }
@@ -646,33 +649,38 @@ export function generateLesson(seed: number, options: Partial<WorldOptions> = {}
 }
 
 /**
- * More questions on the two scenes of a lesson, for training: above all those that need what they name to be found in the
- * picture, of which a lesson alone has so few that they are learnt very slowly. `each` a scene, in examples of one turn,
- * and half as many on both, in one example of several turns.
+ * More questions on the first two scenes of a lesson, for training: conversations of one sort of question each, up to `each`
+ * turns long. To find in a picture what a question names, or to compare places, is learnt from many such questions at
+ * once within minutes, and from those of lessons, among all others, hardly ever.
  */
 export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each = 10): Example[] {
   const random = new Random(seed, 'drills')
-  const about = (picture: number, scene: Scene): Example[] =>
-    distinct(
-      each,
-      () =>
-        [
-          () => askRelation(scene, random),
-          () => askYesNo(scene, random),
-          () => askCount(scene, random),
-          () => askSign(scene, random),
-          () => askBackground(scene, random),
-          () => askCaption(scene, random),
-        ][random.weighted([8, 8, 3, 1, 1, 1])]!()?.turn,
-    ).map(turn => ({ pictures: [picture], turns: [turn] }))
+  const drill = (pictures: readonly number[], ask: () => Asked | undefined): Example[] => {
+    const turns = distinct(each, () => ask()?.turn)
+    return turns.length > 0 ? [{ pictures, turns }] : []
+  }
   return [
-    ...about(0, first),
-    ...about(1, second),
-    { pictures: [0, 1], turns: distinct(each / 2, () => compare(first, second, random)) },
+    ...[first, second].flatMap((scene, picture) => [
+      { pictures: [picture], turns: presence(scene, random) },
+      ...drill([picture], () => askYesNo(scene, random)),
+      ...drill([picture], () => askYesNo(scene, random, YES_NO.related)),
+      ...drill([picture], () => askRelation(scene, random)),
+      ...drill([picture], () => askCount(scene, random)),
+    ]),
+    ...drill([0, 1], () => ({ turn: compare(first, second, random) })),
   ]
 }
 
-/** About `count` turns, no question twice. */
+/** Whether kinds are there: all that are, and as many others. */
+function presence(scene: Scene, random: Random): Turn[] {
+  const there = [...countsOf(scene).keys()]
+  const absent = new Set(there.map(() => absentKind(random, scene)))
+  return random
+    .shuffle([...there, ...absent])
+    .map(kind => yesNo(fill(random.pick(PHRASES.present), { a: withArticle(kind) }), !absent.has(kind)))
+}
+
+/** Up to `count` turns, no question twice. */
 function distinct(count: number, ask: () => Turn | undefined): Turn[] {
   const turns = new Map<string, Turn>()
   for (let tries = 0; tries < 2 * count && turns.size < count; tries++) {
