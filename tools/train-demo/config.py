@@ -24,7 +24,7 @@ DECODER = {
     'intermediate_size': 768,
     'num_hidden_layers': 6,
     'num_attention_heads': 4,
-    'num_key_value_heads': 1,
+    'num_key_value_heads': 2,
     'head_dim': 64,
     'hidden_act': 'gelu_pytorch_tanh',
     'rms_norm_eps': 1e-6,
