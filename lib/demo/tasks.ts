@@ -650,15 +650,18 @@ export function generateLesson(seed: number, options: Partial<WorldOptions> = {}
 
 /**
  * More questions on the first two scenes of a lesson, for training: conversations of one sort of question each, up to `each`
- * turns long. To find in a picture what a question names, or to compare places, is learnt from many such questions at
- * once within minutes, and from those of lessons, among all others, hardly ever.
+ * turns long, and a caption. To find in a picture what a question names, or to compare places, is learnt from many such
+ * questions at once within minutes, and from those of lessons, among all others, hardly ever.
  */
 export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each = 10): Example[] {
   const random = new Random(seed, 'drills')
-  const drill = (pictures: readonly number[], ask: () => Asked | undefined): Example[] => {
-    const turns = distinct(each, () => ask()?.turn)
-    return turns.length > 0 ? [{ pictures, turns }] : []
-  }
+  const several = (pictures: readonly number[], turns: readonly Turn[]): Example[] =>
+    turns.length > 0 ? [{ pictures, turns }] : []
+  const drill = (pictures: readonly number[], ask: () => Asked | undefined): Example[] =>
+    several(
+      pictures,
+      distinct(each, () => ask()?.turn),
+    )
   return [
     ...[first, second].flatMap((scene, picture) => [
       { pictures: [picture], turns: presence(scene, random) },
@@ -668,7 +671,23 @@ export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each
       ...drill([picture], () => askCount(scene, random)),
     ]),
     ...drill([0, 1], () => ({ turn: compare(first, second, random) })),
+    ...[first, second].flatMap((scene, picture) => [
+      { pictures: [picture], turns: [askCaption(scene, random).turn] },
+      ...several([picture], walk(scene, random, each)),
+    ]),
   ]
+}
+
+/** What is next to something, what is next to that, and so on. */
+function walk(scene: Scene, random: Random, most: number): Turn[] {
+  const turns: Turn[] = []
+  let focus: Item | undefined
+  for (let tries = 0; tries < 2 * most && turns.length < most; tries++) {
+    const asked = askRelation(scene, random, focus)
+    focus = asked?.focus
+    if (asked && turns.every(({ question }) => question !== asked.turn.question)) turns.push(asked.turn)
+  }
+  return turns
 }
 
 /** Whether kinds are there: all that are, and as many others. */

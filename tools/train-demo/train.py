@@ -94,23 +94,33 @@ def mining(context: Context) -> Trainer:
     oracle, decoder = (everything[name].requires_grad_(False) for name in ('oracle', 'decoder'))
     towers = chosen(everything, 'convnext', 'vision')
     trained = chosen(everything, 'mining', 'projector') | heads
+    make = context.scenes()
     if context.freeze_towers:
         for tower in towers.values():
             tower.requires_grad_(False)
     else:
-        trained |= towers
+        crops = {'convnext_heads': understanding.CropHeads(labels)}
+        context.load(crops, {*crops})
+        trained |= towers | crops
+        scenes, signs = make, context.scenes(understanding.Signs)
+        make = lambda *which: (*scenes(*which), signs(*which))
 
     def loss(batch: tuple) -> dict:
-        pixels, targets = batch
+        pixels, targets, *signs = batch
         features = understanding.encode(everything, pixels)
         metrics = heads['mining_heads'](features, targets)
         wanted = oracle(targets, decoder)
         # Relative to how far the wanted embeddings are from each other.
         distance = (features - wanted).square().mean() / wanted.var()
-        return metrics | {'loss': metrics['loss'] + distance, 'distance': distance}
+        total = metrics['loss'] + distance
+        for crops in signs:
+            read = trained['convnext_heads'].read(everything['convnext'], crops)
+            total = total + read['loss']
+            metrics['text'] = read['text']
+        return metrics | {'loss': total, 'distance': distance}
 
-    rates = {'convnext': 0.3, 'vision': 0.3}
-    return context.trainer('mining', trained, context.scenes(), loss, rates=rates, muon=True)
+    rates = {'convnext': 0.7, 'vision': 0.5}
+    return context.trainer('mining', trained, make, loss, rates=rates, muon=True)
 
 
 def joint(context: Context) -> Trainer:

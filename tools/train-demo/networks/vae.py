@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention
 from .blocks import Block, Resnet, Sampler
 
 EPS = 1e-6
@@ -19,8 +20,8 @@ class MidAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, x.shape[2:])
+        q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
+        return x + self.to_out[0](attention(q, k, v).squeeze(1)).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def _mid(width: int, groups: int) -> Block:
