@@ -684,8 +684,9 @@ function walk(scene: Scene, random: Random, most: number): Turn[] {
   let focus: Item | undefined
   for (let tries = 0; tries < 2 * most && turns.length < most; tries++) {
     const asked = askRelation(scene, random, focus)
+    if (asked && turns.some(({ question }) => question === asked.turn.question)) continue
     focus = asked?.focus
-    if (asked && turns.every(({ question }) => question !== asked.turn.question)) turns.push(asked.turn)
+    if (asked) turns.push(asked.turn)
   }
   return turns
 }
