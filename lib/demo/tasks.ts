@@ -378,8 +378,15 @@ function askCaption(scene: Scene, random: Random): Asked {
   }
 }
 
-/** The neighbour of something, asked by name, or as `it` after `focus`. Undefined where every answer could be argued with. */
-function askRelation(scene: Scene, random: Random, focus?: Item): Asked | undefined {
+/**
+ * The neighbour of something, asked by name, or as `it` after `focus`; `crowded`: only where another thing lies farther that
+ * way. Undefined where every answer could be argued with.
+ */
+function askRelation(
+  scene: Scene,
+  random: Random,
+  { focus, crowded = false }: { focus?: Item | undefined; crowded?: boolean } = {},
+): Asked | undefined {
   const items = itemsOf(scene)
   const turn = (question: string, answer: string, fact: string): Turn => ({
     task: 'relation',
@@ -387,7 +394,7 @@ function askRelation(scene: Scene, random: Random, focus?: Item): Asked | undefi
     answer,
     facts: { answer: fact },
   })
-  if (!focus && random.chance(0.06)) {
+  if (!focus && !crowded && random.chance(0.06)) {
     const x = absentKind(random, scene)
     const question = fill(random.pick(PHRASES.relation), { d: DIRECTION_WORDS[random.pick(DIRECTIONS)], x })
     return { turn: turn(question, `There is no ${x}.`, 'absent') }
@@ -396,6 +403,7 @@ function askRelation(scene: Scene, random: Random, focus?: Item): Asked | undefi
   const pairs = from.flatMap(item => DIRECTIONS.map(direction => ({ item, direction })))
   const clear = pairs.flatMap(({ item, direction }) => {
     const to = neighbourOf(items, item, direction)
+    if (crowded && items.filter(other => other !== item && mayLie(item, other, direction)).length < 2) return []
     return to === undefined ? [] : [{ item, direction, to }]
   })
   const found = clear.filter(({ to }) => to !== null)
@@ -523,7 +531,7 @@ function chain(scene: Scene, random: Random): Turn[] {
   for (const length = 2 + random.below(3); turns.length < length; ) {
     const followsUp = turns.length > 0
     const asked =
-      (focus && random.chance(0.6) ? askRelation(scene, random, focus) : undefined) ??
+      (focus && random.chance(0.6) ? askRelation(scene, random, { focus }) : undefined) ??
       [
         () => (followsUp ? undefined : askCaption(scene, random)),
         () => askRelation(scene, random),
@@ -667,7 +675,7 @@ export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each
       { pictures: [picture], turns: presence(scene, random) },
       ...drill([picture], () => askYesNo(scene, random)),
       ...drill([picture], () => askYesNo(scene, random, YES_NO.related)),
-      ...drill([picture], () => askRelation(scene, random)),
+      ...drill([picture], () => askRelation(scene, random, { crowded: random.chance(0.7) })),
       ...drill([picture], () => askCount(scene, random)),
     ]),
     ...drill([0, 1], () => ({ turn: compare(first, second, random) })),
@@ -683,7 +691,7 @@ function walk(scene: Scene, random: Random, most: number): Turn[] {
   const turns: Turn[] = []
   let focus: Item | undefined
   for (let tries = 0; tries < 2 * most && turns.length < most; tries++) {
-    const asked = askRelation(scene, random, focus)
+    const asked = askRelation(scene, random, { focus })
     if (asked && turns.some(({ question }) => question === asked.turn.question)) continue
     focus = asked?.focus
     if (asked) turns.push(asked.turn)

@@ -48,6 +48,7 @@ def main() -> None:
             train(stage, 2)
         train('text', 3)  # goes on from its checkpoint
         train('mining', 1, '--restart', '--freeze-towers')
+        train('joint', 4, '--workers', '2')
 
         python('export.py', '--run', run, '--out', out, '--parity', parity, '--data', data)
         call('npx', 'tsx', HERE / 'parity.mts', out, parity)

@@ -8,12 +8,15 @@ and starts from the newest weights of what earlier ones trained. README.md says 
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing import ProcessExitedException, start_processes
 
 import drawing
 import understanding
@@ -212,8 +215,23 @@ def main() -> None:
     parser.add_argument('--bf16', action='store_true', help='multiply in bf16; faster where the CPU can')
     parser.add_argument('--freeze-towers', action='store_true', help='mining, joint: train neither ConvNeXt nor ViT')
     parser.add_argument('--restart', action='store_true', help='begin the stage anew, from the newest weights')
+    parser.add_argument('--workers', type=int, default=1, help='processes that share the stage, with --batch examples each')
     arguments = parser.parse_args()
+    if arguments.workers == 1:
+        return work(0, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.meeting = Path(folder, 'meeting')
+        try:
+            start_processes(work, (arguments,), arguments.workers, start_method='fork')
+        except ProcessExitedException as error:
+            raise SystemExit(error.exit_code) from None
 
+
+def work(worker: int, arguments: argparse.Namespace) -> None:
+    if arguments.workers > 1:
+        dist.init_process_group(
+            'gloo', init_method=f'file://{arguments.meeting}', rank=worker, world_size=arguments.workers
+        )
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     stage = STAGES[arguments.stage]

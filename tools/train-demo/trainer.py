@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +24,11 @@ from muon import Muon, matrices_of
 Metrics = dict[str, Tensor]
 SAVE_SECONDS = 300
 LOG_STEPS = 20
+
+
+def workers() -> tuple[int, int]:
+    """Which of how many processes this is, that train the same weights on batches of their own."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def seed_of(*parts: object) -> int:
@@ -97,33 +103,37 @@ class Trainer:
         ]
         if filled(orthogonal):
             self.optimizers.append(Muon(filled(orthogonal), lr=rate, weight_decay=decay, bf16=bf16))
-        self.step = 0
+        self.worker, self.workers = workers()
+        self.step = self.round = 0
         self.averages = None if average is None else {k: v.clone() for k, v in self._parameters()}
         (run / 'logs').mkdir(parents=True, exist_ok=True)
         self.checkpoint, self.log = run / f'{stage}.ckpt', run / 'logs' / f'{stage}.jsonl'
 
     def train(self, steps: int, batch: int, seed: int, restart: bool = False) -> None:
         """Goes on to `steps` of `batch` examples each. SIGINT and SIGTERM save, and end the program."""
-        if restart:
-            self.checkpoint.unlink(missing_ok=True)
+        if self.checkpoint.exists():
+            self._resume(restart)
+        if restart and self.worker == 0:
             self.log.unlink(missing_ok=True)
-        elif self.checkpoint.exists():
-            self._resume()
         if self.step >= steps:
             print(f'{self.stage}: {self.step} steps are done; --steps for more, --restart to begin anew')
             return
         count = sum(p.numel() for network in self.networks.values() for p in network.parameters())
-        print(f'{self.stage}: steps {self.step} to {steps} of {batch}, {count / 1e6:.2f} M parameters')
+        if self.worker == 0:
+            print(f'{self.stage}: steps {self.step} to {steps} of {batch * self.workers}, {count / 1e6:.2f} M parameters')
 
         stopped = []
         handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
         started = logged = saved = time.monotonic()
         first, sums = self.step, {}
-        make = lambda step: self.make(seed_of(seed, self.stage, step), False, step / steps)
+        stream = (seed, self.stage, self.round, self.worker)
+        make = lambda step: self.make(seed_of(*stream, step), False, step / steps)
         try:
             for data in prefetched(make, self.step, steps):
-                torch.manual_seed(seed_of(seed, self.stage, self.step, 'loss'))
+                torch.manual_seed(seed_of(*stream, self.step, 'loss'))
                 metrics = self._descend(data, steps)
+                if self._any(stopped):
+                    stopped.append(True)
                 for key, value in metrics.items():
                     sums[key] = sums.get(key, 0.0) + float(value)
                 self.step += 1
@@ -132,7 +142,7 @@ class Trainer:
                     ran = self.step % LOG_STEPS or LOG_STEPS
                     ran = min(ran, self.step - first)
                     line = {'step': self.step, **{key: value / ran for key, value in sums.items()}}
-                    line['examples_per_second'] = ran * batch / (now - logged)
+                    line['examples_per_second'] = ran * batch * self.workers / (now - logged)
                     line['hours_left'] = (steps - self.step) * (now - started) / (self.step - first) / 3600
                     logged, sums = now, {}
                     self._write(line)
@@ -160,6 +170,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         metrics['loss'].backward()
+        self._share_gradients()
         torch.nn.utils.clip_grad_norm_([p for group in self._groups() for p in group['params']], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -168,6 +179,25 @@ class Trainer:
             for name, parameter in self._parameters():
                 self.averages[name].lerp_(parameter.detach(), 1 - decay)
         return {key: value.detach() for key, value in metrics.items()}
+
+    def _share_gradients(self) -> None:
+        """Each worker's become the mean of all of theirs."""
+        if self.workers == 1:
+            return
+        parameters = [p for group in self._groups() for p in group['params']]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        mean = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(mean)
+        mean /= self.workers
+        for parameter, gradient in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def _any(self, stopped: list[bool]) -> bool:
+        """Whether a worker is to stop, so that all stop after the same step."""
+        flag = torch.tensor(float(len(stopped)))
+        if self.workers > 1:
+            dist.all_reduce(flag)
+        return bool(flag > 0)
 
     def _loss(self, data: object) -> Metrics:
         with torch.autocast('cpu', torch.bfloat16, enabled=self.bf16):
@@ -191,8 +221,11 @@ class Trainer:
         return sums
 
     def _save(self, seed: int) -> None:
+        if self.worker > 0:
+            return
         state = {
             'step': self.step,
+            'round': self.round,
             'networks': {name: network.state_dict() for name, network in self.networks.items()},
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'averages': self.averages,
@@ -203,9 +236,13 @@ class Trainer:
         self._write({'step': self.step, **self._held_out(seed)})
         draw_curves(self.log)
 
-    def _resume(self) -> None:
+    def _resume(self, anew: bool) -> None:
         state = torch.load(self.checkpoint, weights_only=True)
-        self.step, self.averages = state['step'], state['averages']
+        if anew:
+            # Batches that it has not had yet: on those of the last time it only seems to learn.
+            self.round = state['round'] + 1
+            return
+        self.step, self.round, self.averages = state['step'], state['round'], state['averages']
         for name, network in self.networks.items():
             network.load_state_dict(state['networks'][name])
         rates = [group['rate'] for group in self._groups()]
@@ -215,6 +252,8 @@ class Trainer:
             group['rate'] = rate
 
     def _write(self, line: dict[str, float]) -> None:
+        if self.worker > 0:
+            return
         rounded = {key: float(f'{value:.5g}') if isinstance(value, float) else value for key, value in line.items()}
         with self.log.open('a') as file:
             file.write(json.dumps(rounded) + '\n')
