@@ -403,7 +403,8 @@ function askRelation(
   const pairs = from.flatMap(item => DIRECTIONS.map(direction => ({ item, direction })))
   const clear = pairs.flatMap(({ item, direction }) => {
     const to = neighbourOf(items, item, direction)
-    if (crowded && items.filter(other => other !== item && mayLie(item, other, direction)).length < 2) return []
+    if (crowded && items.filter(other => other !== item && mayLie(item, other, direction)).length < 2)
+      return []
     return to === undefined ? [] : [{ item, direction, to }]
   })
   const found = clear.filter(({ to }) => to !== null)
@@ -658,7 +659,7 @@ export function generateLesson(seed: number, options: Partial<WorldOptions> = {}
 
 /**
  * More questions on the first two scenes of a lesson, for training: conversations of one sort of question each, up to `each`
- * turns long, and a caption. To find in a picture what a question names, or to compare places, is learnt from many such
+ * turns long, a caption, what signs say. To find in a picture what a question names, or to compare places, is learnt from many such
  * questions at once within minutes, and from those of lessons, among all others, hardly ever.
  */
 export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each = 10): Example[] {
@@ -681,6 +682,7 @@ export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each
     ...drill([0, 1], () => ({ turn: compare(first, second, random) })),
     ...[first, second].flatMap((scene, picture) => [
       { pictures: [picture], turns: [askCaption(scene, random).turn] },
+      ...(scene.signs.length > 0 ? [{ pictures: [picture], turns: [askSign(scene, random)!.turn] }] : []),
       ...several([picture], walk(scene, random, each)),
     ]),
   ]
