@@ -659,8 +659,8 @@ export function generateLesson(seed: number, options: Partial<WorldOptions> = {}
 
 /**
  * More questions on the first two scenes of a lesson, for training: conversations of one sort of question each, up to `each`
- * turns long, a caption, what signs say. To find in a picture what a question names, or to compare places, is learnt from many such
- * questions at once within minutes, and from those of lessons, among all others, hardly ever.
+ * turns long, a caption, what signs say. To find in a picture what a question names, or to compare places, is learnt from
+ * many such questions at once within minutes, and from those of lessons, among all others, hardly ever.
  */
 export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each = 10): Example[] {
   const random = new Random(seed, 'drills')
