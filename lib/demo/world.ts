@@ -97,7 +97,7 @@ export const WORLD: WorldOptions = {
   fluent: 0.35,
   rotation: 20,
   signs: [5, 4, 1],
-  signSize: [0.023, 0.025],
+  signSize: [0.027, 0.03],
   numbers: 0.6,
   patterns: PATTERNS,
   colours: COLOUR_NAMES,

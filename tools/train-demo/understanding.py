@@ -19,7 +19,7 @@ TOKENS = GRID * GRID
 MAP_WIDTH = sum(CONVNEXT['dims'])
 CROP = 64
 ZOOM = 2.4
-SIGN_WIDTH = 28  # pixels of the widest
+SIGN_WIDTH = 34  # pixels of the widest
 # How many of the conversations about pictures begin so, which is learnt last.
 BEGINNINGS = {'relation': 0.35, 'caption': 0.3, 'sign': 0.15}
 MOST_TEXT = 256  # ids of a conversation, pictures aside
@@ -324,11 +324,12 @@ class Conversations(Scenes):
     def _fill(self, examples: list[dict], count: int) -> list[dict]:
         """Turns of as many examples as there is room for, the first one's at least."""
         turns = examples[0]['turns']
+        room = MOST_TEXT - len(self.vocabulary.conversation(turns, count)[0])
         for example in examples[1:]:
-            longer = turns + example['turns']
-            if len(self.vocabulary.conversation(longer, count)[0]) > MOST_TEXT:
-                break
-            turns = longer
+            # What does not fit makes room for a shorter one: else a third of a batch is padding.
+            length = len(self.vocabulary.conversation(example['turns'], 0)[0])
+            if length <= room:
+                turns, room = turns + example['turns'], room - length
         return turns
 
 
