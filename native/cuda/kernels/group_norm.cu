@@ -9,7 +9,7 @@
 // How an image is cut, and so the order of every sum, follows from its own sizes alone.
 //
 // A thread's sums are of differences to its first pixel, so that a mean far from zero costs no digits; they
-// become moments, which merge by Chan's formula. Mean and deviation are f32: a mean m times the deviation
+// become moments, which merge around their common mean. Mean and deviation are f32: a mean m times the deviation
 // costs about m * 2^-23 of a result. Differences above 1e18 overflow in their squares.
 #include "common.cuh"
 #include "group_norm.h"
@@ -157,34 +157,39 @@ struct Part {
       }
     }
 
-    // The same of differences to the block's first pixel.
-    float *squares = sums + p.rows * slots, *shifts = squares + p.rows * slots;
-    if (row == 0 && slot >= 0) store_floats(shifts + slot, shift);
-    __syncthreads();
+    // Mean and squares of each thread's.
+    float* squares = sums + p.rows * slots;
     if (slot >= 0) {
-      const float n = mine;
+      const float n = max(mine, 1);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        const float d = mine > 0 ? shift[j] - shifts[slot + j] : 0.0f;
-        square[j] = fmaf(d, fmaf(n, d, 2.0f * sum[j]), square[j]);
-        sum[j] = fmaf(n, d, sum[j]);
+        const float offset = sum[j] / n;
+        const float deviation = square[j] - sum[j] * offset;
+        square[j] = deviation < 0.0f ? 0.0f : deviation;  // not max(), which would hide NaN
+        shift[j] += offset;
       }
-      store_floats(sums + row * slots + slot, sum);
+      store_floats(sums + row * slots + slot, shift);
       store_floats(squares + row * slots + slot, square);
     }
     __syncthreads();
 
-    // Mean and squares of each channel, in place of the sums of row 0.
+    // And of each channel, in place of those of row 0: the mean of the rows, then what lies around it.
     const float n = pixels;
+    const int each = pixels / p.rows, longer = pixels % p.rows;
     for (int i = threadIdx.x; i < slots; i += blockDim.x) {
-      float s = 0.0f, q = 0.0f;
-      for (int r = 0; r < p.rows; ++r) {
-        s += sums[r * slots + i];
-        q += squares[r * slots + i];
+      const auto count = [&](int r) { return static_cast<float>(each + (r < longer ? 1 : 0)); };
+      const int rows = min(p.rows, pixels);
+      const float first = sums[i];
+      float s = 0.0f;
+      for (int r = 1; r < rows; ++r) s = fmaf(count(r), sums[r * slots + i] - first, s);
+      const float mean = first + s / n;
+      float q = 0.0f;
+      for (int r = 0; r < rows; ++r) {
+        const float distance = sums[r * slots + i] - mean;
+        q += fmaf(count(r) * distance, distance, squares[r * slots + i]);
       }
-      const float offset = s / n, deviation = q - s * offset;
-      sums[i] = shifts[i] + offset;
-      squares[i] = deviation < 0.0f ? 0.0f : deviation;
+      sums[i] = mean;
+      squares[i] = q;
     }
     __syncthreads();
 

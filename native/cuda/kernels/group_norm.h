@@ -12,7 +12,7 @@ constexpr int kGroupNormBatch = 4;     // loads of a thread under way at once
 // Floats of shared memory for each channel of a slice's vectors: to normalize, and to gather moments.
 constexpr int kGroupNormAffine = 3;
 constexpr int group_norm_sums(int rows) {
-  return 2 * rows + 1;
+  return 2 * rows;
 }
 
 struct GroupNormParams {
