@@ -329,6 +329,13 @@ function mayLie(from: Item, to: Item, direction: Direction): boolean {
 
 const squaredDistance = (a: Item, b: Item) => (a.x - b.x) * (a.x - b.x) + (a.y - b.y) * (a.y - b.y)
 
+/** All that may lie in a direction, the nearest first. */
+function candidatesOf(items: readonly Item[], from: Item, direction: Direction): Item[] {
+  return items
+    .filter(item => item !== from && mayLie(from, item, direction))
+    .sort((a, b) => squaredDistance(from, a) - squaredDistance(from, b))
+}
+
 /**
  * The nearest item in a direction; null if there is none; undefined if one could argue: the nearest that may lie there does
  * not lie there clearly, or another one is less than a quarter farther away.
@@ -338,9 +345,7 @@ export function neighbourOf(
   from: Item,
   direction: Direction,
 ): Item | null | undefined {
-  const [nearest, next] = items
-    .filter(item => item !== from && mayLie(from, item, direction))
-    .sort((a, b) => squaredDistance(from, a) - squaredDistance(from, b))
+  const [nearest, next] = candidatesOf(items, from, direction)
   if (!nearest) return null
   if (!liesClearly(from, nearest, direction)) return undefined
   const margin = 1.25 * 1.25
@@ -402,9 +407,8 @@ function askRelation(
   const from = focus ? items.filter(({ x, y }) => x === focus.x && y === focus.y) : uniqueItems(items)
   const pairs = from.flatMap(item => DIRECTIONS.map(direction => ({ item, direction })))
   const clear = pairs.flatMap(({ item, direction }) => {
+    if (crowded && candidatesOf(items, item, direction).length < 2) return []
     const to = neighbourOf(items, item, direction)
-    if (crowded && items.filter(other => other !== item && mayLie(item, other, direction)).length < 2)
-      return []
     return to === undefined ? [] : [{ item, direction, to }]
   })
   const found = clear.filter(({ to }) => to !== null)
@@ -541,7 +545,7 @@ function chain(scene: Scene, random: Random): Turn[] {
         () => askSign(scene, random),
         () => askYesNo(scene, random),
       ][random.weighted([1, turns.some(({ task }) => task === 'relation') ? 1 : 4, 2, 1, 1, 3])]!()
-    if (!asked || turns.some(({ question }) => question === asked.turn.question)) continue
+    if (!asked || wasAsked(turns, asked.turn)) continue
     turns.push(asked.turn)
     focus = asked.focus
   }
@@ -694,7 +698,7 @@ function walk(scene: Scene, random: Random, most: number): Turn[] {
   let focus: Item | undefined
   for (let tries = 0; tries < 2 * most && turns.length < most; tries++) {
     const asked = askRelation(scene, random, { focus })
-    if (asked && turns.some(({ question }) => question === asked.turn.question)) continue
+    if (asked && wasAsked(turns, asked.turn)) continue
     focus = asked?.focus
     if (asked) turns.push(asked.turn)
   }
@@ -712,12 +716,16 @@ function presence(scene: Scene, random: Random): Turn[] {
 
 /** Up to `count` turns, no question twice. */
 function distinct(count: number, ask: () => Turn | undefined): Turn[] {
-  const turns = new Map<string, Turn>()
-  for (let tries = 0; tries < 2 * count && turns.size < count; tries++) {
+  const turns: Turn[] = []
+  for (let tries = 0; tries < 2 * count && turns.length < count; tries++) {
     const turn = ask()
-    if (turn) turns.set(turn.question, turn)
+    if (turn && !wasAsked(turns, turn)) turns.push(turn)
   }
-  return [...turns.values()]
+  return turns
+}
+
+function wasAsked(turns: readonly Turn[], { question }: Turn): boolean {
+  return turns.some(turn => turn.question === question)
 }
 
 export interface Score {
