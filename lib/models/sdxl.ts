@@ -359,21 +359,13 @@ export class Denoising {
   keep(images: readonly number[]): void {
     const halves = this.plan.guided ? 2 : 1
     const all = Array.from({ length: halves }, (_, half) => images.map(i => half * this.length + i)).flat()
-    const select = (x: Tensor, which: readonly number[]) => {
-      const [count, ...sizes] = x.shape as [number, ...number[]]
-      const ids = this.sdxl.device.tensor(Int32Array.from(which), [which.length])
-      return embedding(x.reshape(count, -1), ids, { out: x.dtype as ActivationType }).reshape(
-        which.length,
-        ...sizes,
-      )
-    }
     const condition = this.condition.select(all)
     this.condition.dispose()
     this.condition = condition
     this.advance(() => ({
-      latents: select(this.state.latents, images),
-      input: select(this.state.input, all),
-      predicted: this.state.predicted && select(this.state.predicted, images),
+      latents: this.select(this.state.latents, images),
+      input: this.select(this.state.input, all),
+      predicted: this.state.predicted && this.select(this.state.predicted, images),
     }))
     this.items = images.map(i => this.items[i]!)
   }
@@ -393,12 +385,18 @@ export class Denoising {
       const { out, input } = this.combine(noise, { factors })
       return { latents: out, input, predicted: undefined }
     }
-    const pixels = this.sdxl.device.empty([this.length, height, width, 3])
-    pictures.forEach((picture, i) => {
+    // Several images of one request start from the same picture.
+    const distinct = [...new Set(pictures)]
+    const pixels = this.sdxl.device.empty([distinct.length, height, width, 3])
+    distinct.forEach((picture, i) => {
       pixels.narrow(0, i, 1).write(picture)
     })
+    const encoded = this.select(
+      this.sdxl.encode(pixels),
+      pictures.map(picture => distinct.indexOf(picture)),
+    )
     const factors = [0, 0, schedule.start.image, 0, 0, schedule.start.noise, scale]
-    const { out, input } = this.combine(this.sdxl.encode(pixels), { factors, noise })
+    const { out, input } = this.combine(encoded, { factors, noise })
     return { latents: out, input, predicted: undefined }
   }
 
@@ -435,6 +433,16 @@ export class Denoising {
       halves: this.plan.guided ? 2 : 1,
       input: this.sdxl.activations,
     })
+  }
+
+  /** Rows of a batch, in the order of `which`. */
+  private select(x: Tensor, which: readonly number[]): Tensor {
+    const [count, ...sizes] = x.shape as [number, ...number[]]
+    const ids = this.sdxl.device.tensor(Int32Array.from(which), [which.length])
+    return embedding(x.reshape(count, -1), ids, { out: x.dtype as ActivationType }).reshape(
+      which.length,
+      ...sizes,
+    )
   }
 
   private advance(body: () => Denoising['state']): void {

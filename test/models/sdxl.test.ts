@@ -176,6 +176,23 @@ describe('SDXL as the reference', () => {
     latents.dispose()
   })
 
+  it('starts each image of a batch from its own picture, which some share', async () => {
+    const pictures = [1, 2].map(k =>
+      Float32Array.from({ length: 96 * 128 * 3 }, (_, i) => Math.sin(i / (99 * k))),
+    )
+    const schedule = sdxl.schedule({ steps: 4, strength: 0.5 })
+    const options = plan({ schedule, guided: false })
+    const items = [0, 1, 0].map((which, i) => item({ image: pictures[which]!, seed: BigInt(i) }))
+    const startOf = async (some: typeof items) => {
+      const run = sdxl.denoise(options, some)
+      const latents = await floats(run.latents)
+      run.dispose()
+      return latents
+    }
+    const alone = await Promise.all(items.map(one => startOf([one])))
+    expect(await startOf(items)).toEqual(Float32Array.from(alone.flatMap(latents => [...latents])))
+  })
+
   it('frees what a run held', async () => {
     await device.synchronize()
     const before = device.memory().used
