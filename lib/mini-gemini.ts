@@ -1,5 +1,6 @@
 import { availableParallelism } from 'node:os'
-import { basename } from 'node:path'
+import { basename, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { type DiffusionCheckpoint, openDiffusion } from './checkpoint/diffusers.ts'
 import { type ResolveOptions, resolveCheckpoint } from './checkpoint/hub.ts'
 import { type Checkpoint, openCheckpoint, readMgmConfig } from './checkpoint/weights.ts'
@@ -110,6 +111,8 @@ export interface ModelInfo {
   readonly isa: string
 }
 
+/** The demo model of the package. */
+const DEMO = fileURLToPath(new URL('../demo', import.meta.url))
 const PAGE_SIZE = 16
 const DEFAULT_MAX_TOKENS = 512
 const DEFAULT_TOKEN_BUDGET = 512
@@ -173,13 +176,15 @@ export class MiniGemini {
   /**
    * Loads a checkpoint in its released form.
    *
-   * @param checkpoint a folder, or a hub repository `owner/name`, which is downloaded once
+   * @param checkpoint a folder, or a hub repository `owner/name`, which is downloaded once. Without one: the demo model that
+   *   comes with the package, its image generator included, which sees and draws emoji and little else (docs/demo-model.md)
    * @throws MgmError INVALID_ARGUMENT, CHECKPOINT_INVALID, CHECKPOINT_UNSUPPORTED, TOKENIZER_INVALID, DOWNLOAD_FAILED,
    *   OUT_OF_MEMORY (checked before anything is loaded), DEVICE_UNAVAILABLE, NATIVE_UNAVAILABLE, UNSUPPORTED, ABORTED.
    *   A load that fails leaves nothing behind.
    */
-  static async load(checkpoint: string, options: LoadOptions = {}): Promise<MiniGemini> {
-    const checked = parseLoadOptions(options)
+  static async load(checkpoint: string = DEMO, options: LoadOptions = {}): Promise<MiniGemini> {
+    const given = parseLoadOptions(options)
+    const checked = checkpoint === DEMO ? { diffusion: join(DEMO, 'sdxl'), ...given } : given
     if (typeof checkpoint !== 'string' || checkpoint === '')
       throw expected('a folder or a hub repository owner/name', 'checkpoint', checkpoint)
     const { signal } = checked

@@ -6,7 +6,8 @@ import type { ChatMessage, ChatRequest, LoadOptions } from '../request.ts'
 import { checkImage, EXIT, errorText, exitCodeOf, Interrupts, LoadProgress, printable } from './terminal.ts'
 
 export interface ChatCommand {
-  checkpoint: string
+  /** Without one: the demo model. */
+  checkpoint: string | undefined
   load: Omit<LoadOptions, 'onProgress' | 'signal'>
   /** Sampling and template options of every request. */
   request: Omit<ChatRequest, 'messages' | 'signal'>

@@ -11,8 +11,9 @@ import { userMessage } from './chat.ts'
 import { checkImage, EXIT, Interrupts, LoadProgress, printable, progressBar } from './terminal.ts'
 
 export interface GenerateCommand {
-  checkpoint: string
-  load: Omit<LoadOptions, 'onProgress' | 'signal'> & { diffusion: string }
+  /** Without one: the demo model. */
+  checkpoint: string | undefined
+  load: Omit<LoadOptions, 'onProgress' | 'signal'>
   chat: Omit<ChatRequest, 'messages' | 'signal'>
   draw: Omit<DrawOptions, 'format' | 'onStep' | 'signal'>
   /** Pictures that the model sees. */

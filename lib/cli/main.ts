@@ -3,7 +3,6 @@ import { createRequire } from 'node:module'
 import { Command, CommanderError, InvalidArgumentError, Option } from 'commander'
 import { SAMPLERS, type Sampler } from '../checkpoint/diffusers.ts'
 import { resolveCheckpoint, SDXL_REPOSITORY } from '../checkpoint/hub.ts'
-import { MgmError } from '../errors.ts'
 import { type ChatCommand, chat } from './chat.ts'
 import { diagnose, renderDiagnosis } from './doctor.ts'
 import { type GenerateCommand, generate } from './generate.ts'
@@ -48,7 +47,7 @@ interface ChatFlags extends ModelFlags {
 interface GenerateFlags extends ModelFlags {
   image: string[]
   prompt: string
-  diffusion: string
+  diffusion?: string
   output: string
   direct?: boolean
   negativePrompt?: string
@@ -64,6 +63,9 @@ interface GenerateFlags extends ModelFlags {
   json?: boolean
   quiet?: boolean
 }
+
+const CHECKPOINT =
+  'folder of an MGM checkpoint, or its id on the Hugging Face hub; without one, the demo model of the package'
 
 function number(text: string): number {
   const value = Number(text)
@@ -183,7 +185,7 @@ Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 ended by Ctrl-C.`,
     mgm
       .command('chat')
       .description('Ask about pictures; without --prompt, a conversation')
-      .argument('[checkpoint]', 'folder of an MGM checkpoint, or its id on the Hugging Face hub')
+      .argument('[checkpoint]', CHECKPOINT)
       .option('-i, --image <file>', 'picture: a file or a URL; may be repeated', collect, [])
       .option('-p, --prompt <text>', 'ask this and end')
       .option('--system <text>', 'system message')
@@ -200,17 +202,12 @@ Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 ended by Ctrl-C.`,
 In a conversation: /image <file> adds a picture, /reset starts again, /exit ends. Ctrl-C aborts the answer, twice quits.
 
 Examples:
+  $ mgm chat -i emoji.png -p "What is in the picture?"   # the demo model
   $ mgm chat ./MGM-2B -i a.jpg -i b.jpg -p "What changed between the two?"
   $ mgm chat ./MGM-7B -i form.png -p "Read it" --quantize int8 -n 512
   $ echo "Describe the picture" | mgm chat ./MGM-2B -i photo.jpg --json`,
     )
     .action(async (checkpoint: string | undefined, flags: ChatFlags) => {
-      if (checkpoint === undefined)
-        throw new MgmError(
-          'INVALID_ARGUMENT',
-          'expected a checkpoint for mgm chat but received none: give the folder of an MGM checkpoint ' +
-            '(with config.json, weights and tokenizer in it) or a hub id, as in `mgm chat ./MGM-2B`',
-        )
       const command: ChatCommand = {
         checkpoint,
         load: loadOptions(flags),
@@ -229,12 +226,11 @@ Examples:
     mgm
       .command('generate')
       .description('Let the model write a prompt for a picture, and draw it with SDXL')
-      .argument('<checkpoint>', 'folder of an MGM checkpoint, or its id on the Hugging Face hub')
+      .argument('[checkpoint]', CHECKPOINT)
       .requiredOption('-p, --prompt <text>', 'what to draw, in your words')
       .option(
         '--diffusion <checkpoint>',
-        'SDXL: folder in the layout of diffusers, or hub id',
-        SDXL_REPOSITORY,
+        `SDXL: folder in the layout of diffusers, or hub id (default: ${SDXL_REPOSITORY})`,
       )
       .option('-o, --output <file>', 'PNG, JPEG or WebP, by its ending', 'image.png')
       .option('-i, --image <file>', 'picture that the model sees; may be repeated', collect, [])
@@ -262,10 +258,12 @@ Examples:
 
 Exit code 1 if the model's answer holds no prompt.`,
     )
-    .action(async (checkpoint: string, flags: GenerateFlags) => {
+    .action(async (checkpoint: string | undefined, flags: GenerateFlags) => {
+      // The demo model brings its own generator.
+      const diffusion = flags.diffusion ?? (checkpoint === undefined ? undefined : SDXL_REPOSITORY)
       const command: GenerateCommand = {
         checkpoint,
-        load: { ...loadOptions(flags), diffusion: flags.diffusion },
+        load: { ...loadOptions(flags), ...given({ diffusion }) },
         chat: chatOptions(flags),
         draw: given({
           negativePrompt: flags.negativePrompt,
