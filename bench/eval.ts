@@ -15,8 +15,10 @@ import { parseArgs } from 'node:util'
 import { parseSafetensors } from '../lib/checkpoint/safetensors.ts'
 import { withFile } from '../lib/checkpoint/source.ts'
 import {
-  type Ask,
+  asker,
   type Drawings,
+  describer,
+  drawer,
   evaluate,
   evaluateDrawings,
   MEASURES,
@@ -24,9 +26,7 @@ import {
   type Share,
   type Understanding,
 } from '../lib/demo/evaluate.ts'
-import { renderPng } from '../lib/demo/render.ts'
-import type { Lesson } from '../lib/demo/tasks.ts'
-import { type ChatMessage, MiniGemini } from '../lib/index.ts'
+import { MiniGemini } from '../lib/index.ts'
 import { host } from './harness.ts'
 
 const USAGE = `usage: npm run eval -- [--scenes N] [--drawings N] [--first N] [--steps N] [--guidance X] [--model FOLDER] [--write-docs]
@@ -71,7 +71,7 @@ async function main(): Promise<void> {
   const asked = await understand(mgm, scenes, first)
   const drawn =
     drawings > 0
-      ? await evaluateDrawings(drawer(mgm, steps, guidance), describer(mgm), {
+      ? await evaluateDrawings(drawer(mgm, { steps, guidance }), describer(mgm), {
           count: drawings,
           first,
           onLesson: progress('drawings', drawings),
@@ -105,51 +105,6 @@ async function main(): Promise<void> {
 
 function understand(mgm: MiniGemini, count: number, first: number): Promise<Understanding> {
   return evaluate(asker(mgm), { count, first, onLesson: progress('scenes', count) })
-}
-
-/** Asks the product, with pictures as a user would have them: PNG files. */
-function asker(mgm: MiniGemini): Ask {
-  const files = new WeakMap<Lesson, Promise<Buffer>[]>()
-  return async (messages, pictures, lesson) => {
-    const own = files.get(lesson) ?? lesson.scenes.map(scene => renderPng(scene, SCENE_PIXELS))
-    files.set(lesson, own)
-    const images = await Promise.all(pictures.map(i => own[i]!))
-    const [question, ...others] = messages
-    const content: ChatMessage['content'] = [
-      ...images.map(image => ({ type: 'image' as const, image })),
-      { type: 'text', text: question!.content },
-    ]
-    const { text } = await mgm.chat({
-      messages: [{ role: 'user', content }, ...others.map(({ role, content }) => ({ role, content }))],
-      maxTokens: 96,
-      ...(messages.at(-1)!.gen ? { gen: true } : {}),
-    })
-    return text
-  }
-}
-
-const SCENE_PIXELS = 256
-
-function drawer(mgm: MiniGemini, steps: number, guidance: number) {
-  return async (question: string, seed: number): Promise<Uint8Array | null> => {
-    const { images } = await mgm.generate({
-      messages: [{ role: 'user', content: question }],
-      steps,
-      guidance,
-      seed,
-    })
-    return images[0]?.data ?? null
-  }
-}
-
-function describer(mgm: MiniGemini) {
-  return async (image: Uint8Array): Promise<string> => {
-    const content: ChatMessage['content'] = [
-      { type: 'image', image },
-      { type: 'text', text: 'What is in the picture?' },
-    ]
-    return (await mgm.chat({ messages: [{ role: 'user', content }], maxTokens: 96 })).text
-  }
 }
 
 /**

@@ -1,4 +1,7 @@
+import type { MiniGemini } from '../mini-gemini.ts'
+import type { ChatMessage } from '../request.ts'
 import { Random } from './random.ts'
+import { renderPng } from './render.ts'
 import {
   drawingTurn,
   generateLesson,
@@ -146,6 +149,54 @@ export async function evaluateDrawings(
   })
   return { objects, backgrounds, whole }
 }
+
+const SCENE_PIXELS = 256
+
+/** Asks a loaded model, with pictures as a user would have them: PNG files. */
+export function asker(mgm: MiniGemini): Ask {
+  const files = new WeakMap<Lesson, Promise<Buffer>[]>()
+  return async (messages, pictures, lesson) => {
+    const own = files.get(lesson) ?? lesson.scenes.map(scene => renderPng(scene, SCENE_PIXELS))
+    files.set(lesson, own)
+    const images = await Promise.all(pictures.map(i => own[i]!))
+    const [question, ...others] = messages
+    const content: ChatMessage['content'] = [
+      ...images.map(image => ({ type: 'image' as const, image })),
+      { type: 'text', text: question!.content },
+    ]
+    const { text } = await mgm.chat({
+      messages: [{ role: 'user', content }, ...others.map(({ role, content }) => ({ role, content }))],
+      maxTokens: MOST_TOKENS,
+      ...(messages.at(-1)!.gen ? { gen: true } : {}),
+    })
+    return text
+  }
+}
+
+/** Lets a loaded model draw what it is asked for, by the prompt it writes itself. */
+export function drawer(mgm: MiniGemini, options: { steps: number; guidance: number }): Draw {
+  return async (question, seed) => {
+    const { images } = await mgm.generate({
+      messages: [{ role: 'user', content: question }],
+      seed,
+      ...options,
+    })
+    return images[0]?.data ?? null
+  }
+}
+
+/** Lets a loaded model say what is in a picture. */
+export function describer(mgm: MiniGemini): (image: Uint8Array) => Promise<string> {
+  return async image => {
+    const content: ChatMessage['content'] = [
+      { type: 'image', image },
+      { type: 'text', text: 'What is in the picture?' },
+    ]
+    return (await mgm.chat({ messages: [{ role: 'user', content }], maxTokens: MOST_TOKENS })).text
+  }
+}
+
+const MOST_TOKENS = 96
 
 type Count = { right: number; of: number }
 
