@@ -33,7 +33,7 @@ export interface AppOptions {
 }
 
 const ABOUT =
-  'This is a small demo model of about 21 million parameters. It only knows drawn scenes of emoji and small signs, ' +
+  'This is a small demo model of about 22 million parameters. It only knows drawn scenes of emoji and small signs, ' +
   'and it will be wrong about photos.'
 const MIB = 2 ** 20
 /** Scenes of the test split, which training never showed, are as many as this. */

@@ -73,7 +73,7 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
       if (request.url().endsWith('/api/chat')) sent.push(request.postData()!)
     })
     expect(await page.locator('#about').textContent()).toMatch(
-      'small demo model of about 21 million parameters',
+      'small demo model of about 22 million parameters',
     )
     const shown = await slot('A random scene').getAttribute('src')
     await say('A fox on a red background.')
