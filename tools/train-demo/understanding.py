@@ -21,7 +21,9 @@ CROP = 64
 ZOOM = 2.4
 SIGN_WIDTH = 34  # pixels of the widest
 # How many of the conversations about pictures begin so, which is learnt last.
-BEGINNINGS = {'relation': 0.35, 'caption': 0.3, 'sign': 0.15}
+BEGINNINGS = {'relation': 0.3, 'caption': 0.45, 'sign': 0.06, 'count': 0.1}
+# How many pictures in which no kind is there twice are passed over: else "two hearts" remain "a heart, ... and a heart".
+PASSED_OVER = 0.5
 MOST_TEXT = 256  # ids of a conversation, pictures aside
 
 
@@ -290,6 +292,8 @@ class Conversations(Scenes):
         while len(rows) < self.batch:
             lesson = lessons[random.integers(len(lessons))]
             pictures = [self._one_of(lesson, random)] if count == 1 else list(range(count))
+            if count == 1 and random.random() < PASSED_OVER and not repeats(lesson['scenes'][pictures[0]]):
+                continue
             fitting = [e for e in lesson['examples'] + lesson['drills'] if e['pictures'] == pictures]
             if count == 1 and random.random() < 0.15:
                 fitting = [about_drawing(lesson)]
@@ -333,6 +337,11 @@ class Conversations(Scenes):
         return turns
 
 
+def repeats(scene: dict) -> bool:
+    kinds = [thing['kind'] for thing in scene['objects']]
+    return len(set(kinds)) < len(kinds)
+
+
 def about_drawing(lesson: dict) -> dict:
     """An example that asks what is in the lesson's drawing, in the words of its caption."""
     turns = (turn for example in lesson['examples'] for turn in example['turns'])
@@ -370,13 +379,13 @@ def embedded(decoder: Decoder, ids: Tensor, features: Tensor | None) -> Tensor:
 
 
 def answer_weights(learnt: Tensor) -> Tensor:
-    """learnt [B, T] -> for each of its tokens, one over the root of how many its answer has.
+    """learnt [B, T] -> for each of its tokens, one over the fourth root of how many its answer has.
 
-    Else captions, which are long, would drown yes and no.
+    By tokens alone, captions would drown yes and no; by answers alone, one of 25 tokens would count as little as a yes.
     """
     first = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
     answers = first.flatten().cumsum(0)[learnt.flatten()] - 1
-    return answers.bincount().float().rsqrt()[answers]
+    return answers.bincount().float().pow(-0.25)[answers]
 
 
 def language_loss(decoder: Decoder, batch: dict[str, Tensor], features: Tensor | None) -> Metrics:
