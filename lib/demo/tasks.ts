@@ -808,11 +808,13 @@ export function readFacts(task: Task, text: string): Facts {
   }
 }
 
+/** How many of each kind are named: "a fox, a boat and a fox" are two foxes. */
 function objectFacts(words: string): Facts {
   const facts: Record<string, string> = {}
   for (const [, number, name] of words.matchAll(COUNTED)) {
+    const key = `object ${NAMES.get(name!.toLowerCase())}`
     const count = Math.max(1, NUMBER_WORDS.indexOf(number!.toLowerCase()))
-    facts[`object ${NAMES.get(name!.toLowerCase())}`] = String(count)
+    facts[key] = String(Number(facts[key] ?? 0) + count)
   }
   return facts
 }

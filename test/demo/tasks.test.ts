@@ -300,6 +300,10 @@ describe('scores', () => {
       'object palm tree': '1',
       'object tree': '2',
     })
+    expect(readFacts('difference', 'A fox, two boats and a fox.')).toEqual({
+      'object fox': '2',
+      'object boat': '2',
+    })
     expect(readFacts('relation', 'There is no fox.')).toEqual({ answer: 'absent' })
     expect(readFacts('sign', 'GO and 42.')).toEqual({ 'sign GO': 'seen', 'sign 42': 'seen' })
     expect(readFacts('count', '3')).toEqual({ count: '3' })
