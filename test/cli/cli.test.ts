@@ -132,10 +132,10 @@ describe('mgm chat', () => {
     expect(answers[2].tokens).toEqual(single.generated_ids)
   })
 
-  it('says what to give when no checkpoint is named', async () => {
-    const { code, stderr } = await mgm(['chat', '--prompt', 'hello'])
-    expect(code).toBe(2)
-    expect(stderr).toMatch(/^mgm: INVALID_ARGUMENT: expected a checkpoint .* give the folder .*\n$/)
+  it('asks the demo model when no checkpoint is named', async () => {
+    const { code, stdout } = await mgm(['chat', '--prompt', 'Who are you?'])
+    expect(code).toBe(0)
+    expect(stdout).toMatch(/^I am a small demo model\./)
   })
 
   it('reports an error as one line, with the stack only if asked', async () => {

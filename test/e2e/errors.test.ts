@@ -66,8 +66,8 @@ describe('loading', () => {
       const error = await rejection(MiniGemini.load(vicuna.folder, options as LoadOptions))
       expect(error).toMatchObject({ code: 'INVALID_ARGUMENT', message: expect.stringMatching(message) })
     }
-    for (const checkpoint of ['', 7, undefined])
-      expect((await rejection(MiniGemini.load(checkpoint as string))).message).toMatch(
+    for (const checkpoint of ['', 7, null])
+      expect((await rejection(MiniGemini.load(checkpoint as unknown as string))).message).toMatch(
         /^expected a folder or a hub repository owner\/name for checkpoint but received/,
       )
   })

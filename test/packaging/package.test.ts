@@ -93,6 +93,7 @@ describe('the tarball', () => {
       /^(README|CHANGELOG)\.md$/,
       /^LICENSE$/,
       /^dist\/[a-z0-9/-]+\.(js|d\.ts)$/,
+      /^demo\/[\w./-]+\.(json|safetensors|txt)$/,
       /^dist\/web\/page\/(index\.html|style\.css|licences\.txt)$/,
       new RegExp(`^${prebuild.replaceAll('.', '\\.')}$`),
     ]

@@ -9,8 +9,8 @@
 // How an image is cut, and so the order of every sum, follows from its own sizes alone.
 //
 // A thread's sums are of differences to its first pixel, so that a mean far from zero costs no digits; they
-// become moments, which merge around their common mean. Mean and deviation are f32: a mean m times the deviation
-// costs about m * 2^-23 of a result. Differences above 1e18 overflow in their squares.
+// become moments, which merge around their common mean. Mean and deviation are f32: a mean m times the
+// deviation costs about m * 2^-23 of a result. Differences above 1e18 overflow in their squares.
 #include "common.cuh"
 #include "group_norm.h"
 
