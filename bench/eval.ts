@@ -28,6 +28,7 @@ import {
 } from '../lib/demo/evaluate.ts'
 import { MiniGemini } from '../lib/index.ts'
 import { host } from './harness.ts'
+import { table } from './kernels/report.ts'
 
 const USAGE = `usage: npm run eval -- [--scenes N] [--drawings N] [--first N] [--steps N] [--guidance X] [--model FOLDER] [--write-docs]
   --scenes      lessons of the test split that are asked about, 1000 by default
@@ -39,7 +40,7 @@ const USAGE = `usage: npm run eval -- [--scenes N] [--drawings N] [--first N] [-
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const DOCS = join(root, 'docs', 'demo-model.md')
-/** What issue and docs ask for, in hundredths; with mining switched off, `sign` must stay below 25. */
+/** What is aimed at, in hundredths; with mining switched off, `sign` must stay below 25. */
 const TARGETS: Partial<Record<Measure, number>> = { captionObject: 95, relation: 90, count: 95, sign: 85 }
 const DRAWN_TARGET = 75
 
@@ -152,7 +153,7 @@ function understandingTable(asked: Understanding, unmined: Understanding): strin
       target === undefined ? '' : `≥ ${target} %${measure === 'sign' ? ', without mining ≤ 25 %' : ''}`,
     ]
   })
-  return markdown(['', 'asked', 'right', 'right, without mining', 'aim'], rows)
+  return table(['', 'asked', 'right', 'right, without mining', 'aim'], rows, 1)
 }
 
 function drawingsTable({ objects, backgrounds, whole }: Drawings): string {
@@ -162,19 +163,15 @@ function drawingsTable({ objects, backgrounds, whole }: Drawings): string {
     percent(share),
     aim,
   ]
-  return markdown(
+  return table(
     ['drawn and read back', 'asked for', 'found', 'aim'],
     [
       row('objects, kind and number', objects, `≥ ${DRAWN_TARGET} %`),
       row('backgrounds', backgrounds),
       row('drawings with nothing missing, wrong or too much', whole),
     ],
+    1,
   )
-}
-
-function markdown(head: readonly string[], rows: readonly (readonly string[])[]): string {
-  const line = (cells: readonly string[]) => `| ${cells.join(' | ')} |`
-  return [line(head), line(head.map((_, i) => (i === 0 ? '---' : '--:'))), ...rows.map(line)].join('\n')
 }
 
 function writeDocs(report: string): void {

@@ -301,6 +301,14 @@ export interface LoadOptions {
 }
 
 /** Checks a request. Throws INVALID_ARGUMENT; unknown keys are refused. */
+/** A question, after the pictures it is about. */
+export function userMessage(images: readonly ImageSource[], text: string): ChatMessage {
+  return {
+    role: 'user',
+    content: [...images.map(image => ({ type: 'image' as const, image })), { type: 'text', text }],
+  }
+}
+
 export function parseChatRequest(value: unknown): ChatRequest {
   return parse(chatRequest, value, 'request')
 }

@@ -2,7 +2,7 @@ import { createInterface, type Interface } from 'node:readline'
 import type { Answer } from '../engine/answer.ts'
 import { MgmError } from '../errors.ts'
 import { MiniGemini } from '../mini-gemini.ts'
-import type { ChatMessage, ChatRequest, LoadOptions } from '../request.ts'
+import { type ChatMessage, type ChatRequest, type LoadOptions, userMessage } from '../request.ts'
 import { checkImage, EXIT, errorText, exitCodeOf, Interrupts, LoadProgress, printable } from './terminal.ts'
 
 export interface ChatCommand {
@@ -165,11 +165,4 @@ export function statistics({ usage, timings, finishReason }: Answer): string {
 
 function systemOf(command: ChatCommand): ChatMessage[] {
   return command.system === undefined ? [] : [{ role: 'system', content: command.system }]
-}
-
-export function userMessage(images: readonly string[], text: string): ChatMessage {
-  return {
-    role: 'user',
-    content: [...images.map(image => ({ type: 'image' as const, image })), { type: 'text' as const, text }],
-  }
 }

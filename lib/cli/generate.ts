@@ -6,8 +6,7 @@ import type { ImageStep } from '../engine/image-queue.ts'
 import { expected, MgmError } from '../errors.ts'
 import { type GenerateResult, type ImagineResult, MiniGemini } from '../mini-gemini.ts'
 import type { ImageFormat } from '../processing/encode.ts'
-import type { ChatRequest, DrawOptions, LoadOptions } from '../request.ts'
-import { userMessage } from './chat.ts'
+import { type ChatRequest, type DrawOptions, type LoadOptions, userMessage } from '../request.ts'
 import { checkImage, EXIT, Interrupts, LoadProgress, printable, progressBar } from './terminal.ts'
 
 export interface GenerateCommand {

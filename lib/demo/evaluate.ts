@@ -1,5 +1,5 @@
 import type { MiniGemini } from '../mini-gemini.ts'
-import type { ChatMessage } from '../request.ts'
+import { userMessage } from '../request.ts'
 import { Random } from './random.ts'
 import { renderPng } from './render.ts'
 import {
@@ -160,12 +160,11 @@ export function asker(mgm: MiniGemini): Ask {
     files.set(lesson, own)
     const images = await Promise.all(pictures.map(i => own[i]!))
     const [question, ...others] = messages
-    const content: ChatMessage['content'] = [
-      ...images.map(image => ({ type: 'image' as const, image })),
-      { type: 'text', text: question!.content },
-    ]
     const { text } = await mgm.chat({
-      messages: [{ role: 'user', content }, ...others.map(({ role, content }) => ({ role, content }))],
+      messages: [
+        userMessage(images, question!.content),
+        ...others.map(({ role, content }) => ({ role, content })),
+      ],
       maxTokens: MOST_TOKENS,
       ...(messages.at(-1)!.gen ? { gen: true } : {}),
     })
@@ -188,11 +187,8 @@ export function drawer(mgm: MiniGemini, options: { steps: number; guidance: numb
 /** Lets a loaded model say what is in a picture. */
 export function describer(mgm: MiniGemini): (image: Uint8Array) => Promise<string> {
   return async image => {
-    const content: ChatMessage['content'] = [
-      { type: 'image', image },
-      { type: 'text', text: 'What is in the picture?' },
-    ]
-    return (await mgm.chat({ messages: [{ role: 'user', content }], maxTokens: MOST_TOKENS })).text
+    const messages = [userMessage([image], 'What is in the picture?')]
+    return (await mgm.chat({ messages, maxTokens: MOST_TOKENS })).text
   }
 }
 

@@ -181,7 +181,7 @@ class Signs(Crops):
     """Squares of twice the side with a sign in each, `batch` times four of them, of their own size.
 
     What a ConvNeXt reads on a small square it does not yet read in a whole picture, where it sees much more around a
-    sign: 91 % of signs became 66 %. But of whole pictures one in six milliseconds would be mostly something else.
+    sign: 91 % of signs became 66 %. Whole pictures would be the other extreme: nearly all of one is not the sign.
     """
 
     side, zoom, share_of_objects = 2 * CROP, 1, 0
