@@ -1,6 +1,6 @@
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { type Browser, chromium, type Page } from 'playwright-core'
+import { type Browser, chromium, type Locator, type Page } from 'playwright-core'
 import sharp from 'sharp'
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest'
 import type { MiniGemini } from '../../lib/index.ts'
@@ -337,6 +337,49 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
     complaints.length = 0
     expect(await page.evaluate(lowContrast)).toEqual([])
   })
+
+  it.each([
+    ['a wide window, whose log scrolls', 1100, 500],
+    ['a phone, whose page scrolls', 360, 600],
+  ])(
+    'keeps the newest answer and the field in view, unless one scrolled back: %s',
+    async (_, width, height) => {
+      await open(width, height)
+      await say('A fox, a boat, a cup, a moon, a house and a lion on a red background.')
+      const inView = (locator: Locator) =>
+        locator.evaluate(element => {
+          const { top, bottom } = element.getBoundingClientRect()
+          const log = element.closest('#log')?.getBoundingClientRect()
+          const [first, last] = [
+            Math.max(0, log?.top ?? 0),
+            Math.min(window.innerHeight, log?.bottom ?? Infinity),
+          ]
+          // Half a pixel: positions are fractions.
+          return bottom > first && top >= first - 0.5 && bottom <= last + 0.5
+        })
+      const lastLine = () => answer().locator('.timings')
+      for (let turn = 1; turn <= 5; turn++) {
+        await ask('What is in the picture?')
+        await page
+          .locator('.answer[aria-busy=false]')
+          .nth(turn - 1)
+          .waitFor()
+      }
+      await expect.poll(() => inView(lastLine())).toBe(true)
+      expect(await inView(question())).toBe(true)
+
+      linger(30)
+      await ask('And now?')
+      await page.locator('.answer[aria-busy=true] .words:not(:empty)').waitFor()
+      await page.evaluate(() => {
+        document.getElementById('log')!.scrollTop = 0
+        window.scrollTo(0, 0)
+      })
+      await page.locator('.answer[aria-busy=false]').nth(5).waitFor()
+      expect(await inView(lastLine())).toBe(false)
+      expect(await page.evaluate(() => document.getElementById('log')!.scrollTop + window.scrollY)).toBe(0)
+    },
+  )
 
   it('fits a phone', async () => {
     await open(360, 700)

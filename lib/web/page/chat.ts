@@ -3,6 +3,9 @@ import * as api from './api.ts'
 import { get, make } from './dom.ts'
 import type { Picture } from './pictures.ts'
 
+/** Pixels from the end that still count as there. */
+const NEAR = 32
+
 /** What the conversation asks of the page around it. */
 export interface Surroundings {
   readonly pictures: () => readonly Picture[]
@@ -17,12 +20,21 @@ type Drawn = Extract<WireEvent, { type: 'drawn' }>
 export class Chat {
   readonly #around: Surroundings
   readonly #log = get('log')
+  readonly #form = get('ask')
   /** What the model has been told since the pictures changed. Drawings are not part of it: each stands for itself. */
   #history: WireMessage[] = []
   #running: AbortController | undefined
+  /** Whether the end was in view when the reader last scrolled: what is added is then scrolled to. */
+  #follows = true
 
   constructor(around: Surroundings) {
     this.#around = around
+    // The log scrolls by itself where the window is wide, and with the page on a phone.
+    for (const scroller of [this.#log, document]) {
+      scroller.addEventListener('scroll', () => {
+        this.#follows = this.#endInView()
+      })
+    }
     this.restart()
   }
 
@@ -151,7 +163,6 @@ export class Chat {
   #canvas(answer: HTMLElement): Canvas {
     const canvas = new Canvas()
     answer.append(canvas.figure)
-    this.#scroll()
     return canvas
   }
 
@@ -161,11 +172,12 @@ export class Chat {
     const running = new AbortController()
     this.#running = running
     this.#around.onBusy(true)
+    this.#follows = true
     // Read out once it is whole, not word by word.
     const answer = make('div', { class: 'answer', 'aria-busy': 'true' })
     answer.append(make('span', { class: 'visually-hidden' }, 'Model: '))
     this.#append(answer)
-    const following = new MutationObserver(() => this.#scroll())
+    const following = new MutationObserver(() => this.#keepUp())
     following.observe(answer, { childList: true, subtree: true })
     try {
       await work(answer, running.signal)
@@ -175,21 +187,30 @@ export class Chat {
     } finally {
       following.disconnect()
       answer.setAttribute('aria-busy', 'false')
-      this.#scroll()
       if (this.#running === running) {
         this.#running = undefined
         this.#around.onBusy(false)
       }
+      this.#keepUp()
     }
   }
 
   #append(element: HTMLElement): void {
     this.#log.append(element)
-    this.#scroll()
+    this.#keepUp()
   }
 
-  #scroll(): void {
+  /** Scrolls to what was added, unless the reader went back to what was said before. */
+  #keepUp(): void {
+    if (!this.#follows) return
     this.#log.scrollTop = this.#log.scrollHeight
+    this.#form.scrollIntoView({ block: 'nearest' })
+  }
+
+  #endInView(): boolean {
+    const { scrollHeight, scrollTop, clientHeight } = this.#log
+    const below = scrollHeight - scrollTop - clientHeight
+    return below < NEAR && this.#log.getBoundingClientRect().bottom < window.innerHeight + NEAR
   }
 }
 
