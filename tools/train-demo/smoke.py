@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-STAGES = ('convnext', 'vision', 'text', 'mining', 'joint', 'vae', 'latents', 'draw')
+STAGES = ('convnext', 'vision', 'text', 'mining', 'joint', 'features', 'answers', 'vae', 'latents', 'draw')
 
 
 def call(*command: object) -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         def train(stage: str, steps: int, *options: str) -> None:
             places = ('--data', data, '--held-out', data, '--run', run)
             python('train.py', stage, *places, '--steps', steps, '--batch', 4, *options)
-            if stage != 'latents':
+            if stage not in ('features', 'latents'):
                 assert last_step(run, stage) == steps, f'{stage} ended at step {last_step(run, stage)}, not {steps}'
 
         for stage in STAGES:
@@ -49,6 +49,7 @@ def main() -> None:
         train('text', 3)  # goes on from its checkpoint
         train('mining', 1, '--restart', '--freeze-towers')
         train('joint', 4, '--workers', '2')
+        train('features', 0, '--workers', '2')
 
         python('export.py', '--run', run, '--out', out, '--parity', parity, '--data', data)
         call('npx', 'tsx', HERE / 'parity.mts', out, parity)

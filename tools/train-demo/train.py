@@ -2,7 +2,7 @@
 
     python train.py convnext --data data/train --held-out data/validation --run run
 
-Stages, in their order: convnext, vision, text, mining, joint; vae, latents, draw. Each goes on where it was stopped,
+Stages, in their order: convnext, vision, text, mining, joint, features, answers; vae, latents, draw. Each goes on where it was stopped,
 and starts from the newest weights of what earlier ones trained. README.md says how long they take and what to look at.
 """
 
@@ -22,8 +22,8 @@ import drawing
 import understanding
 from config import DECODER, VISION
 from lessons import Lessons
-from trainer import Trainer, load_weights
-from understanding import PatchHeads
+from trainer import Trainer, load_weights, workers
+from understanding import Answers, Features, PatchHeads
 from vocabulary import Vocabulary
 
 
@@ -146,6 +146,39 @@ def joint(context: Context) -> Trainer:
     return context.trainer('joint', trained, context.conversations(pictures=True), loss, average=0.999, muon=True)
 
 
+def features_of(context: Context) -> tuple[Path, Path]:
+    return context.run / 'features' / 'train', context.run / 'features' / 'held_out'
+
+
+def features(context: Context) -> None:
+    networks = chosen(understanding.build(context.vocabulary), 'convnext', 'vision', 'mining')
+    context.load(networks, {*networks})
+    worker, count = workers()
+    for folder, lessons in zip(features_of(context), (context.lessons, context.held_out)):
+        if worker == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            Features(folder, lessons, 'w+')
+        if count > 1:
+            dist.barrier()
+        part = range(worker * len(lessons) // count, (worker + 1) * len(lessons) // count)
+        with torch.autocast('cpu', torch.bfloat16, enabled=context.bf16):
+            Features(folder, lessons, 'r+').write(networks, lessons, part)
+
+
+def answers(context: Context) -> Trainer:
+    networks = chosen(understanding.build(context.vocabulary), 'projector', 'decoder')
+    context.load(networks, {*networks})
+    lessons = context.lessons, context.held_out
+    mined = tuple(Features(folder, some) for folder, some in zip(features_of(context), lessons))
+    make = Answers(*lessons, context.vocabulary, context.batch, mined)
+
+    def loss(batch: dict) -> dict:
+        seen = networks['projector'](batch['mined']) if 'mined' in batch else None
+        return understanding.language_loss(networks['decoder'], batch, seen)
+
+    return context.trainer('answers', networks, make, loss, average=0.999, muon=True)
+
+
 def vae(context: Context) -> Trainer:
     networks = chosen(drawing.build(context.vocabulary), 'vae')
     context.load(networks, set())
@@ -195,6 +228,8 @@ STAGES = {
     'text': Stage(text, 5000, 16, 1e-3),
     'mining': Stage(mining, 6000, 16, 1e-3),
     'joint': Stage(joint, 8000, 16, 3e-4),
+    'features': Stage(features),
+    'answers': Stage(answers, 6000, 48, 8e-4),
     'vae': Stage(vae, 6000, 16, 1e-3),
     'latents': Stage(latents),
     'draw': Stage(draw, 20000, 32, 5e-4),

@@ -1,5 +1,7 @@
 """What the stages of the vision-language model learn from."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from config import CONVNEXT, DECODER, PIXELS, VISION
-from lessons import CHARACTERS, DRAWN, GRID, PITCH, SLOTS, Labels, Lessons, normalised, prompt_of, stacked
+from lessons import CHARACTERS, DRAWN, GRID, PITCH, SLOTS, Labels, Lessons, normalised, prefetched, prompt_of, stacked
 from networks.clip import ClipVision
 from networks.convnext import ConvNext, concatenated
 from networks.decoder import Decoder
@@ -22,8 +24,7 @@ ZOOM = 2.4
 SIGN_WIDTH = 34  # pixels of the widest
 # How many of the conversations about pictures begin so, which is learnt last.
 BEGINNINGS = {'relation': 0.3, 'caption': 0.45, 'sign': 0.06, 'count': 0.1}
-# How many pictures in which no kind is there twice are passed over: else "two hearts" remain "a heart, ... and a heart".
-PASSED_OVER = 0.5
+DRAWINGS_EVERY = 4  # lessons of which the drawing is among the features too
 MOST_TEXT = 256  # ids of a conversation, pictures aside
 
 
@@ -43,11 +44,15 @@ def low_resolution(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, size=VISION['image_size'], mode='bilinear', align_corners=False)
 
 
+def mine(networks: dict[str, nn.Module], pixels: Tensor) -> Tensor:
+    """pixels [B, 3, PIXELS, PIXELS], normalised -> what the projector reads of the patches, [B, TOKENS, VISION's C]."""
+    tokens = networks['vision'](low_resolution(pixels))
+    return tokens + networks['mining'](tokens, networks['convnext'](pixels))
+
+
 def encode(networks: dict[str, nn.Module], pixels: Tensor) -> Tensor:
     """pixels [B, 3, PIXELS, PIXELS], normalised -> the decoder's embeddings of the patches, [B, TOKENS, C]."""
-    tokens = networks['vision'](low_resolution(pixels))
-    mined = networks['mining'](tokens, networks['convnext'](pixels))
-    return networks['projector'](tokens + mined)
+    return networks['projector'](mine(networks, pixels))
 
 
 def accuracy(logits: Tensor, target: Tensor, where: Tensor | None = None) -> Tensor:
@@ -203,6 +208,44 @@ def resized(crop: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(crop).resize((side, side), Image.Resampling.BICUBIC))
 
 
+class Features:
+    """What was mined of lessons' pictures, f16: `scenes.npy` [N, 2, TOKENS, C], `drawings.npy` [N / DRAWINGS_EVERY, ...]."""
+
+    def __init__(self, folder: Path, lessons: Lessons, mode: str = 'r'):
+        shape = (TOKENS, VISION['hidden_size'])
+        wanted = {'scenes': (len(lessons), 2, *shape), 'drawings': (-(-len(lessons) // DRAWINGS_EVERY), *shape)}
+        self.maps = {}
+        for name, shape in wanted.items():
+            path = folder / f'{name}.npy'
+            if mode == 'w+':
+                self.maps[name] = np.lib.format.open_memmap(path, mode, np.float16, shape)
+                continue
+            self.maps[name] = np.load(path, mmap_mode=mode) if path.exists() else np.empty(0)
+            if self.maps[name].shape != shape:
+                raise SystemExit(
+                    f'expected {shape} in {path} but found {self.maps[name].shape}: run the features stage with this data'
+                )
+
+    def of(self, index: int, scene: int) -> np.ndarray:
+        if scene == DRAWN:
+            return self.maps['drawings'][index // DRAWINGS_EVERY]
+        return self.maps['scenes'][index, scene]
+
+    @torch.no_grad()
+    def write(self, networks: dict[str, nn.Module], lessons: Lessons, indices: range) -> None:
+        """Of the lessons of `indices`."""
+        places = [(i, scene) for i in indices for scene in ((0, 1, DRAWN) if i % DRAWINGS_EVERY == 0 else (0, 1))]
+        batches = [places[start : start + 32] for start in range(0, len(places), 32)]
+        pictures = lambda step: normalised([seen(lessons, lessons[i], scene) for i, scene in batches[step]])
+        for step, pixels in enumerate(prefetched(pictures, 0, len(batches))):
+            for (i, scene), mined in zip(batches[step], mine(networks, pixels).float().numpy(), strict=True):
+                self.of(i, scene)[:] = mined
+            if step % 100 == 99:
+                print(f'features: {step + 1} of {len(batches)} batches', flush=True)
+        for array in self.maps.values():
+            array.flush()
+
+
 class CropHeads(nn.Module):
     """What is on a crop: its object from the last map; from all maps, as mining reads them, a sign's text at its centre
     and one of its characters at that one's place."""
@@ -278,6 +321,12 @@ class Oracle(nn.Module):
 class Conversations(Scenes):
     """Conversations of a lesson, those about one picture joined to longer ones, and the pictures or their labels."""
 
+    captions = 0.0  # how many batches are of captions alone
+    of_two, of_none = 0.2, 0.08  # how many of the others are about two pictures, and about none
+    # How many pictures in which no kind is there twice are passed over: else "two hearts" remain "a heart and a heart".
+    passed_over = 0.5
+    drawings_every = 1  # lessons
+
     def __init__(self, lessons: Lessons, held_out: Lessons, vocabulary: Vocabulary, batch: int, pictures: bool):
         super().__init__(lessons, held_out, vocabulary.labels, batch)
         self.vocabulary, self.pictures = vocabulary, pictures
@@ -286,37 +335,48 @@ class Conversations(Scenes):
 
     def __call__(self, seed: int, held_out: bool, done: float) -> dict[str, Tensor]:
         random, lessons = np.random.default_rng(seed), self.held_out if held_out else self.lessons
-        # All of a batch have as many pictures, so that little is padding.
-        count = int(random.choice([1, 2, 0], p=[0.72, 0.2, 0.08]))
-        rows, pixels, labels = [], [], []
+        # All of a batch have as many pictures, so that little is padding; and so have those of all workers at a step,
+        # which would wait for the one with the longest rows.
+        shared = random if held_out else np.random.default_rng(int(done * 2**40))
+        captions = shared.random() < self.captions
+        shares = [1 - self.of_two - self.of_none, self.of_two, self.of_none]
+        count = 1 if captions else int(shared.choice([1, 2, 0], p=shares))
+        rows, shown = [], []
         while len(rows) < self.batch:
-            lesson = lessons[random.integers(len(lessons))]
+            index = int(random.integers(len(lessons)))
+            drawing = count == 1 and random.random() < 0.15
+            if drawing:
+                index -= index % self.drawings_every
+            lesson = lessons[index]
             pictures = [self._one_of(lesson, random)] if count == 1 else list(range(count))
-            if count == 1 and random.random() < PASSED_OVER and not repeats(lesson['scenes'][pictures[0]]):
+            if count == 1 and random.random() < self.passed_over and not repeats(lesson['scenes'][pictures[0]]):
                 continue
             fitting = [e for e in lesson['examples'] + lesson['drills'] if e['pictures'] == pictures]
-            if count == 1 and random.random() < 0.15:
+            if drawing:
                 fitting = [about_drawing(lesson)]
             if not fitting:
                 continue
             chosen = [fitting[i] for i in random.permutation(len(fitting))]
             begin = random.choice(['', *BEGINNINGS], p=[1 - sum(BEGINNINGS.values()), *BEGINNINGS.values()])
+            if captions:
+                begin = 'caption'
             if begin:
                 chosen.sort(key=lambda example: any(turn['task'] != begin for turn in example['turns']))
             elif random.random() < 0.5:
                 # Else whatever was named before would be there.
                 chosen.sort(key=lambda example: example['turns'][0]['task'] != 'yesno')
-            turns = self._fill(chosen if count > 0 else chosen[:1], count)
+            turns = self._fill(chosen[:1] if captions or count == 0 else chosen, count)
             rows.append(self.vocabulary.conversation(turns, count))
-            for scene in chosen[0]['pictures']:
-                labels.append(self.labels.patches(lesson['scenes'][scene]))
-                if self.pictures:
-                    pixels.append(seen(lessons, lesson, scene))
-        return (
-            collate(rows)
-            | ({'pixels': normalised(pixels)} if pixels else {})
-            | ({'labels': stacked(labels)} if labels else {})
-        )
+            shown.extend((index, lesson, scene) for scene in chosen[0]['pictures'])
+        return collate(rows) | (self._show(held_out, shown) if shown else {})
+
+    def _show(self, held_out: bool, shown: list[tuple[int, dict, int]]) -> dict[str, Tensor]:
+        """What is seen of scenes of lessons: their pictures, and the labels that stand in for them or that heads learn."""
+        lessons = self.held_out if held_out else self.lessons
+        labels = stacked([self.labels.patches(lesson['scenes'][scene]) for _, lesson, scene in shown])
+        if not self.pictures:
+            return {'labels': labels}
+        return {'labels': labels, 'pixels': normalised([seen(lessons, lesson, scene) for _, lesson, scene in shown])}
 
     @staticmethod
     def _one_of(lesson: dict, random: np.random.Generator) -> int:
@@ -335,6 +395,25 @@ class Conversations(Scenes):
             if length <= room:
                 turns, room = turns + example['turns'], room - length
         return turns
+
+
+class Answers(Conversations):
+    """Conversations and what was mined of their pictures before.
+
+    Rows of a caption alone are a third as long as others, so many more of them are learnt.
+    """
+
+    captions, of_two, of_none, passed_over, drawings_every = 0.55, 0.4, 0.15, 0.25, DRAWINGS_EVERY
+
+    def __init__(
+        self, lessons: Lessons, held_out: Lessons, vocabulary: Vocabulary, batch: int, mined: tuple[Features, Features]
+    ):
+        super().__init__(lessons, held_out, vocabulary, batch, pictures=False)
+        self.mined = dict(zip((False, True), mined))
+
+    def _show(self, held_out: bool, shown: list[tuple[int, dict, int]]) -> dict[str, Tensor]:
+        mined = [self.mined[held_out].of(index, scene) for index, _, scene in shown]
+        return {'mined': torch.from_numpy(np.stack(mined)).float()}
 
 
 def repeats(scene: dict) -> bool:
@@ -383,15 +462,23 @@ def answer_weights(learnt: Tensor) -> Tensor:
 
     By tokens alone, captions would drown yes and no; by answers alone, one of 25 tokens would count as little as a yes.
     """
-    first = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
-    answers = first.flatten().cumsum(0)[learnt.flatten()] - 1
+    answers = answers_of(learnt)
     return answers.bincount().float().pow(-0.25)[answers]
 
 
+def answers_of(learnt: Tensor) -> Tensor:
+    """learnt [B, T] -> for each of its tokens, which of the answers it belongs to."""
+    first = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
+    return first.flatten().cumsum(0)[learnt.flatten()] - 1
+
+
 def language_loss(decoder: Decoder, batch: dict[str, Tensor], features: Tensor | None) -> Metrics:
+    """`token`, `answer`: how many are right, of an answer all tokens."""
     states = decoder(embedded(decoder, batch['ids'], features))
     where = batch['target'] >= 0
     logits, target = decoder.logits(states[where]), batch['target'][where]
     weight = answer_weights(where)
     loss = (F.cross_entropy(logits, target, reduction='none') * weight).sum() / weight.sum()
-    return {'loss': loss, 'token': accuracy(logits, target)}
+    right, answers = (logits.argmax(-1) == target).float(), answers_of(where)
+    whole = torch.ones(int(answers.max()) + 1).scatter_reduce(0, answers, right, 'amin')
+    return {'loss': loss, 'token': right.mean(), 'answer': whole.mean()}
