@@ -300,7 +300,6 @@ export interface LoadOptions {
   signal?: AbortSignal | undefined
 }
 
-/** Checks a request. Throws INVALID_ARGUMENT; unknown keys are refused. */
 /** A question, after the pictures it is about. */
 export function userMessage(images: readonly ImageSource[], text: string): ChatMessage {
   return {
@@ -309,6 +308,7 @@ export function userMessage(images: readonly ImageSource[], text: string): ChatM
   }
 }
 
+/** Checks a request. Throws INVALID_ARGUMENT; unknown keys are refused. */
 export function parseChatRequest(value: unknown): ChatRequest {
   return parse(chatRequest, value, 'request')
 }

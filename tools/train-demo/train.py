@@ -53,6 +53,10 @@ class Context:
     def conversations(self, pictures: bool) -> understanding.Conversations:
         return understanding.Conversations(self.lessons, self.held_out, self.vocabulary, self.batch, pictures)
 
+    def folders(self, name: str) -> tuple[Path, Path]:
+        """Where a stage writes down what it makes of the lessons and of those held out."""
+        return self.run / name / 'train', self.run / name / 'held_out'
+
     def trainer(self, stage: str, networks: dict[str, nn.Module], make, loss, **options) -> Trainer:
         return Trainer(stage, self.run, networks, make, loss, rate=self.rate, bf16=self.bf16, **options)
 
@@ -146,15 +150,11 @@ def joint(context: Context) -> Trainer:
     return context.trainer('joint', trained, context.conversations(pictures=True), loss, average=0.999, muon=True)
 
 
-def features_of(context: Context) -> tuple[Path, Path]:
-    return context.run / 'features' / 'train', context.run / 'features' / 'held_out'
-
-
 def features(context: Context) -> None:
     networks = chosen(understanding.build(context.vocabulary), 'convnext', 'vision', 'mining')
     context.load(networks, {*networks})
     worker, count = workers()
-    for folder, lessons in zip(features_of(context), (context.lessons, context.held_out)):
+    for folder, lessons in zip(context.folders('features'), (context.lessons, context.held_out)):
         if worker == 0:
             folder.mkdir(parents=True, exist_ok=True)
             Features(folder, lessons, 'w+')
@@ -169,7 +169,7 @@ def answers(context: Context) -> Trainer:
     networks = chosen(understanding.build(context.vocabulary), 'projector', 'decoder')
     context.load(networks, {*networks})
     lessons = context.lessons, context.held_out
-    mined = tuple(Features(folder, some) for folder, some in zip(features_of(context), lessons))
+    mined = tuple(Features(folder, some) for folder, some in zip(context.folders('features'), lessons))
     make = Answers(*lessons, context.vocabulary, context.batch, mined)
 
     def loss(batch: dict) -> dict:
@@ -187,14 +187,10 @@ def vae(context: Context) -> Trainer:
     return context.trainer('vae', networks, make, loss, average=0.999)
 
 
-def latents_of(context: Context) -> tuple[Path, Path]:
-    return context.run / 'latents' / 'train', context.run / 'latents' / 'held_out'
-
-
 def latents(context: Context) -> None:
     networks = chosen(drawing.build(context.vocabulary), 'vae')
     context.load(networks, {'vae'})
-    train, held_out = latents_of(context)
+    train, held_out = context.folders('latents')
     scale = drawing.write_latents(networks['vae'].eval(), context.lessons, train)
     drawing.write_latents(networks['vae'], context.held_out, held_out)
     (context.run / 'latents' / 'scale.json').write_text(json.dumps({'scaling_factor': scale}) + '\n')
@@ -207,7 +203,7 @@ def draw(context: Context) -> Trainer:
     path = context.run / 'latents' / 'scale.json'
     if not path.exists():
         raise SystemExit(f'expected {path} but found none: run the latents stage first')
-    files = tuple(folder / 'latents.npy' for folder in latents_of(context))
+    files = tuple(folder / 'latents.npy' for folder in context.folders('latents'))
     scale = json.loads(path.read_text())['scaling_factor']
     make = drawing.Drawings(context.lessons, context.held_out, files, context.vocabulary, context.batch, scale)
     loss = lambda batch: drawing.denoising_loss(networks, batch)

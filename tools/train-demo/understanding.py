@@ -457,15 +457,6 @@ def embedded(decoder: Decoder, ids: Tensor, features: Tensor | None) -> Tensor:
     return embeds.masked_scatter((ids == IMAGE)[..., None], features.to(embeds.dtype))
 
 
-def answer_weights(learnt: Tensor) -> Tensor:
-    """learnt [B, T] -> for each of its tokens, one over the fourth root of how many its answer has.
-
-    By tokens alone, captions would drown yes and no; by answers alone, one of 25 tokens would count as little as a yes.
-    """
-    answers = answers_of(learnt)
-    return answers.bincount().float().pow(-0.25)[answers]
-
-
 def answers_of(learnt: Tensor) -> Tensor:
     """learnt [B, T] -> for each of its tokens, which of the answers it belongs to."""
     first = learnt & ~F.pad(learnt, (1, 0))[:, :-1]
@@ -477,8 +468,11 @@ def language_loss(decoder: Decoder, batch: dict[str, Tensor], features: Tensor |
     states = decoder(embedded(decoder, batch['ids'], features))
     where = batch['target'] >= 0
     logits, target = decoder.logits(states[where]), batch['target'][where]
-    weight = answer_weights(where)
+    answers = answers_of(where)
+    # One over the fourth root of how many tokens an answer has. By tokens alone, captions would drown yes and no; by
+    # answers alone, one of 25 tokens would count as little as a yes.
+    weight = answers.bincount().float().pow(-0.25)[answers]
     loss = (F.cross_entropy(logits, target, reduction='none') * weight).sum() / weight.sum()
-    right, answers = (logits.argmax(-1) == target).float(), answers_of(where)
+    right = (logits.argmax(-1) == target).float()
     whole = torch.ones(int(answers.max()) + 1).scatter_reduce(0, answers, right, 'amin')
     return {'loss': loss, 'token': right.mean(), 'answer': whole.mean()}

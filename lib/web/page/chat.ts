@@ -24,15 +24,15 @@ export class Chat {
   /** What the model has been told since the pictures changed. Drawings are not part of it: each stands for itself. */
   #history: WireMessage[] = []
   #running: AbortController | undefined
-  /** Whether the end was in view when the reader last scrolled: what is added is then scrolled to. */
-  #follows = true
+  /** Whether the end was in view when the reader last scrolled or asked: what is added is then scrolled to. */
+  #atEnd = true
 
   constructor(around: Surroundings) {
     this.#around = around
     // The log scrolls by itself where the window is wide, and with the page on a phone.
     for (const scroller of [this.#log, document]) {
       scroller.addEventListener('scroll', () => {
-        this.#follows = this.#endInView()
+        this.#atEnd = this.#endInView()
       })
     }
     this.restart()
@@ -172,7 +172,7 @@ export class Chat {
     const running = new AbortController()
     this.#running = running
     this.#around.onBusy(true)
-    this.#follows = true
+    this.#atEnd = true
     // Read out once it is whole, not word by word.
     const answer = make('div', { class: 'answer', 'aria-busy': 'true' })
     answer.append(make('span', { class: 'visually-hidden' }, 'Model: '))
@@ -202,7 +202,7 @@ export class Chat {
 
   /** Scrolls to what was added, unless the reader went back to what was said before. */
   #keepUp(): void {
-    if (!this.#follows) return
+    if (!this.#atEnd) return
     this.#log.scrollTop = this.#log.scrollHeight
     this.#form.scrollIntoView({ block: 'nearest' })
   }
