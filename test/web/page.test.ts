@@ -120,24 +120,25 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
   })
 
   it('takes pictures that are dropped, pasted or chosen, two at most', async () => {
-    const give = (event: 'drop' | 'paste', name: string, type: string, bytes: Buffer) =>
+    const give = (event: 'drop' | 'paste', names: string[], type: string, bytes: Buffer) =>
       page.evaluate(
-        ([event, name, type, base64]) => {
+        ([event, names, type, base64]) => {
           const data = new DataTransfer()
-          const file = new File([Uint8Array.from(atob(base64), c => c.charCodeAt(0))], name, { type })
-          data.items.add(file)
+          for (const name of names)
+            data.items.add(new File([Uint8Array.from(atob(base64), c => c.charCodeAt(0))], name, { type }))
           const given =
             event === 'drop'
               ? new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true })
               : new ClipboardEvent('paste', { clipboardData: data, bubbles: true })
           document.querySelector('#pictures')!.dispatchEvent(given)
         },
-        [event, name, type, bytes.toString('base64')] as const,
+        [event, names, type, bytes.toString('base64')] as const,
       )
-    await button('Remove A random scene').click()
-    await give('drop', 'land.png', 'image/png', picture)
+    // The scene that the page begins with makes room.
+    await give('drop', ['land.png'], 'image/png', picture)
     await slot('land.png').waitFor()
-    await give('paste', 'pasted.png', 'image/png', picture)
+    expect(await page.locator('.slots img').count()).toBe(1)
+    await give('paste', ['pasted.png'], 'image/png', picture)
     await slot('First: land.png').waitFor()
     await slot('Second: pasted.png').waitFor()
     await page
@@ -150,11 +151,24 @@ describe.skipIf(!executablePath)('the page, in Chromium', () => {
     await answered()
     expect(await answer().locator('.words').textContent()).toBe('Yes.')
 
-    await give('drop', 'notes.txt', 'text/plain', Buffer.from('hello'))
+    await give('drop', ['notes.txt'], 'text/plain', Buffer.from('hello'))
     expect(await page.getByRole('alert').textContent()).toBe(
       'notes.txt is not a picture that this browser can read.',
     )
     expect(await page.locator('.slots img').count()).toBe(2)
+
+    await button('Remove First: land.png').click()
+    await button('Add a second').click()
+    await slot('Second: Another scene').waitFor()
+    await give('drop', ['own.png'], 'image/png', picture)
+    await slot('First: third.png').waitFor()
+    await slot('Second: own.png').waitFor()
+    await give('drop', ['one.png', 'two.png', 'three.png'], 'image/png', picture)
+    await slot('First: one.png').waitFor()
+    await slot('Second: two.png').waitFor()
+    await button('Remove First: one.png').click()
+    await button('Remove two.png').click()
+    expect(await page.locator('.slots img').count()).toBe(0)
   })
 
   it('draws step by step, again, and looks at what it drew', async () => {

@@ -11,6 +11,8 @@ export interface Picture {
   readonly name: string
   /** The same for eyes, where it can be had sharper. */
   readonly shown?: string
+  /** Nobody chose it. */
+  readonly random?: boolean
 }
 
 const MOST = 2
@@ -65,10 +67,14 @@ export class Pictures {
     return this.#lesson
   }
 
-  /** Shows files; a third picture takes the place of the second. */
+  /** Shows files. Random scenes make room for them; a third picture takes the place of the second. */
   addFiles(files: readonly File[]): Promise<void> {
     return this.#trying(async () => {
-      for (const file of files.slice(0, MOST)) this.add({ url: await readPicture(file), name: file.name })
+      const read = files.slice(0, MOST).map(async file => ({ url: await readPicture(file), name: file.name }))
+      const given = await Promise.all(read)
+      if (given.length === 0) return
+      const own = this.#pictures.filter(({ random }) => !random)
+      this.#set([...own.slice(0, MOST - given.length), ...given])
     })
   }
 
@@ -85,7 +91,7 @@ export class Pictures {
   surprise(): Promise<void> {
     return this.#trying(async () => {
       const lesson = await api.getScene()
-      this.#set([await scenePicture(lesson.scenes[0], 'A random scene')], lesson)
+      this.#set([{ ...(await scenePicture(lesson.scenes[0], 'A random scene')), random: true }], lesson)
     })
   }
 
@@ -102,7 +108,7 @@ export class Pictures {
     return this.#trying(async () => {
       const lesson = this.#lesson ?? (await api.getScene())
       const second = await scenePicture(lesson.scenes[1], 'Another scene')
-      this.#set([...this.#pictures.slice(0, MOST - 1), second], this.#lesson)
+      this.#set([...this.#pictures.slice(0, MOST - 1), { ...second, random: true }], this.#lesson)
     })
   }
 
