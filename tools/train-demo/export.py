@@ -40,6 +40,20 @@ from vocabulary import (
 
 CLIP_FOLDER = 'model_zoo/OpenAI/clip-vit-demo-patch14-112'
 CONVNEXT_FOLDER = 'model_zoo/OpenAI/openclip-convnext-demo-d-256'
+LANGUAGE_FILE = 'model-00001-of-00001.safetensors'
+
+# Where the weights of each network are in a checkpoint, and what stands in front of their names.
+FILES = {
+    'decoder': (LANGUAGE_FILE, ''),
+    'mining': (LANGUAGE_FILE, 'model.'),
+    'projector': (LANGUAGE_FILE, 'model.'),
+    'vision': (f'{CLIP_FOLDER}/model.safetensors', ''),
+    'convnext': (f'{CONVNEXT_FOLDER}/open_clip_pytorch_model.safetensors', 'visual.trunk.'),
+    'text_1': ('sdxl/text_encoder/model.fp16.safetensors', ''),
+    'text_2': ('sdxl/text_encoder_2/model.fp16.safetensors', ''),
+    'unet': ('sdxl/unet/diffusion_pytorch_model.fp16.safetensors', ''),
+    'vae': ('sdxl/vae/diffusion_pytorch_model.fp16.safetensors', ''),
+}
 
 
 def write_json(path: Path, value: object) -> None:
@@ -47,8 +61,18 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n')
 
 
-def write_weights(path: Path, tensors: dict[str, Tensor]) -> int:
-    """As f16; the bytes of the file."""
+def write_weights(out: Path, networks: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """As f16; the names of the tensors of each file."""
+    files: dict[str, dict[str, Tensor]] = {}
+    for network, (file, prefix) in FILES.items():
+        state = networks[network].state_dict()
+        files.setdefault(file, {}).update({f'{prefix}{key}': value for key, value in state.items()})
+    for file, tensors in files.items():
+        write_tensors(out / file, tensors)
+    return {file: [*tensors] for file, tensors in files.items()}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     half = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
     for name, tensor in half.items():
         if not torch.isfinite(tensor).all():
@@ -56,7 +80,6 @@ def write_weights(path: Path, tensors: dict[str, Tensor]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(half, path, metadata={'format': 'pt'})
     path.chmod(0o644)
-    return path.stat().st_size
 
 
 def mgm_config(vocabulary: Vocabulary) -> dict:
@@ -93,7 +116,7 @@ def mgm_config(vocabulary: Vocabulary) -> dict:
     }
 
 
-def export_language(out: Path, vocabulary: Vocabulary, networks: dict[str, nn.Module]) -> int:
+def export_language(out: Path, vocabulary: Vocabulary, tensors: list[str]) -> None:
     config = mgm_config(vocabulary)
     write_json(out / 'config.json', config)
     ids = ('bos_token_id', 'eos_token_id', 'pad_token_id')
@@ -103,17 +126,12 @@ def export_language(out: Path, vocabulary: Vocabulary, networks: dict[str, nn.Mo
     roles = {'bos_token': BOS, 'eos_token': EOS, 'pad_token': PAD, 'unk_token': UNK}
     write_json(out / 'special_tokens_map.json', {'additional_special_tokens': [START, END], **roles})
 
-    tensors = dict(networks['decoder'].state_dict())
-    for name in ('mining', 'projector'):
-        tensors |= {f'model.{key}': value for key, value in networks[name].state_dict().items()}
-    file = 'model-00001-of-00001.safetensors'
-    size = write_weights(out / file, tensors)
-    index = {'metadata': {'total_size': size}, 'weight_map': dict.fromkeys(tensors, file)}
+    size = (out / LANGUAGE_FILE).stat().st_size
+    index = {'metadata': {'total_size': size}, 'weight_map': dict.fromkeys(tensors, LANGUAGE_FILE)}
     write_json(out / 'model.safetensors.index.json', index)
-    return size
 
 
-def export_towers(out: Path, networks: dict[str, nn.Module]) -> int:
+def export_towers(out: Path) -> None:
     clip, convnext = out / CLIP_FOLDER, out / CONVNEXT_FOLDER
     vision = {'model_type': 'clip_vision_model', 'num_channels': 3, **VISION}
     write_json(clip / 'config.json', {'architectures': ['CLIPModel'], 'model_type': 'clip', 'vision_config': vision})
@@ -136,13 +154,9 @@ def export_towers(out: Path, networks: dict[str, nn.Module]) -> int:
         convnext / 'open_clip_config.json',
         {'model_cfg': {'vision_cfg': tower}, 'preprocess_cfg': {'mean': MEAN, 'std': STD}},
     )
-    trunk = {f'visual.trunk.{key}': value for key, value in networks['convnext'].state_dict().items()}
-    return write_weights(clip / 'model.safetensors', networks['vision'].state_dict()) + write_weights(
-        convnext / 'open_clip_pytorch_model.safetensors', trunk
-    )
 
 
-def export_generator(out: Path, vocabulary: Vocabulary, networks: dict[str, nn.Module], scaling_factor: float) -> int:
+def export_generator(out: Path, vocabulary: Vocabulary, scaling_factor: float) -> None:
     classes = {
         'scheduler': ['diffusers', 'EulerDiscreteScheduler'],
         'text_encoder': ['transformers', 'CLIPTextModel'],
@@ -188,9 +202,6 @@ def export_generator(out: Path, vocabulary: Vocabulary, networks: dict[str, nn.M
         'scaling_factor': scaling_factor,
     }
     write_json(out / 'vae/config.json', vae)
-    size = 0
-    for name in ('unet', 'vae'):
-        size += write_weights(out / name / 'diffusion_pytorch_model.fp16.safetensors', networks[name].state_dict())
     for which, (suffix, pad) in enumerate(zip(('', '_2'), CLIP_PADS)):
         config = {
             'architectures': [classes[f'text_encoder{suffix}'][1]],
@@ -201,15 +212,12 @@ def export_generator(out: Path, vocabulary: Vocabulary, networks: dict[str, nn.M
             'torch_dtype': 'float16',
         }
         write_json(out / f'text_encoder{suffix}/config.json', config)
-        weights = networks[f'text_{which + 1}'].state_dict()
-        size += write_weights(out / f'text_encoder{suffix}/model.fp16.safetensors', weights)
         tokenizer = out / f'tokenizer{suffix}'
         write_json(tokenizer / 'tokenizer_config.json', clip_tokenizer_config(pad))
         roles = {'bos_token': CLIP_START, 'eos_token': CLIP_END, 'pad_token': pad, 'unk_token': CLIP_END}
         write_json(tokenizer / 'special_tokens_map.json', roles)
         for file in ('vocab.json', 'merges.txt'):
             shutil.copyfile(vocabulary.folder / file, tokenizer / file)
-    return size
 
 
 GREEDY = 12  # tokens
@@ -328,13 +336,13 @@ def main() -> None:
     scale_file = arguments.run / 'latents' / 'scale.json'
     scale = json.loads(scale_file.read_text())['scaling_factor'] if scale_file.exists() else 1.0
 
-    sizes = {
-        'language model': export_language(arguments.out, vocabulary, networks),
-        'vision towers': export_towers(arguments.out, networks),
-        'image generator': export_generator(arguments.out / 'sdxl', vocabulary, networks, scale),
-    }
+    files = write_weights(arguments.out, networks)
+    export_language(arguments.out, vocabulary, files[LANGUAGE_FILE])
+    export_towers(arguments.out)
+    export_generator(arguments.out / 'sdxl', vocabulary, scale)
+    sizes = {file: (arguments.out / file).stat().st_size for file in files}
     for name, size in {**sizes, 'together': sum(sizes.values())}.items():
-        print(f'{name:16} {size / 1e6:6.2f} MB')
+        print(f'{size / 1e6:6.2f} MB {name}')
     if arguments.parity:
         write_parity(arguments.parity, vocabulary, networks, Lessons(arguments.data), scale)
 

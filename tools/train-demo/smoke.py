@@ -1,4 +1,4 @@
-"""Every stage for a few steps, a stop and a resume, the export and its parity with the library: one to three minutes.
+"""Every stage for a few steps, a stop and a resume, the export, its parity with the library and the way back: one to three minutes.
 
     npx tsx lib/demo/make-dataset.ts data/smoke --count 200 --drawnPixels 96
     python tools/train-demo/smoke.py --data data/smoke
@@ -8,6 +8,7 @@ Weights are random but for those few steps: this shows that the tool works, not 
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument('--data', type=Path, required=True)
     data = parser.parse_args().data.resolve()
     with tempfile.TemporaryDirectory() as folder:
-        run, out, parity = (Path(folder) / name for name in ('run', 'demo', 'parity'))
+        run, out, parity, again = (Path(folder) / name for name in ('run', 'demo', 'parity', 'again'))
         python('vocabulary.py', '--data', data, '--run', run)
 
         def train(stage: str, steps: int, *options: str) -> None:
@@ -51,9 +52,15 @@ def main() -> None:
         train('joint', 4, '--workers', '2')
         train('features', 0, '--workers', '2')
 
-        python('export.py', '--run', run, '--out', out, '--parity', parity, '--data', data)
+        export = lambda out, *options: python('export.py', '--run', run, '--out', out, *options)
+        export(out, '--parity', parity, '--data', data)
         call('npx', 'tsx', HERE / 'parity.mts', out, parity)
-    print('smoke: all stages, resuming, export and parity')
+
+        shutil.rmtree(run / 'weights')
+        python('restore.py', '--checkpoint', out, '--run', run)
+        export(again)
+        call('diff', '--recursive', '--brief', out, again)
+    print('smoke: all stages, resuming, export, parity and restoring')
 
 
 if __name__ == '__main__':
