@@ -35,10 +35,14 @@ export const MEASURES = {
   yesno: 'yes or no',
   difference: 'two pictures: what only one shows',
   which: 'two pictures: which one shows it',
+  captionOfTwo: 'two pictures: captions of one or both, word for word',
+  oneOfTwo: 'two pictures: all else',
   followUp: 'second to fourth questions',
   conversation: 'whole conversations of several turns',
+  typed: 'questions in small letters, without a mark',
   prompt: 'prompts of drawings, word for word',
   talk: 'about itself, word for word',
+  talkBeside: '… with pictures in the conversation',
 } as const
 export type Measure = keyof typeof MEASURES
 
@@ -64,7 +68,7 @@ export interface EvaluateOptions {
 
 /**
  * Asks everything that `generateLesson` asks about fresh scenes, and counts what is right. In a conversation the model's own
- * answers stand before its next question, as they would for a user.
+ * answers stand before its next question, as they would for a user. One question of each lesson is asked again as people type.
  */
 export async function evaluate(ask: Ask, options: EvaluateOptions): Promise<Understanding> {
   const counts = new Map<Measure, Count>()
@@ -83,9 +87,10 @@ export async function evaluate(ask: Ask, options: EvaluateOptions): Promise<Unde
         const { exact } = scoreAnswer(turn, text)
         allExact &&= exact
         if (said.length > 0) add('followUp', Number(exact))
-        add(measureOf(turn), Number(exact))
+        const measure = measureOf(turn, pictures.length)
+        add(measure, Number(exact))
         said.push({ ...turn, answer: text })
-        if (turn.task !== 'caption') continue
+        if (measure !== 'caption') continue
         const objects = facts(turn, text, 'object ')
         add('captionObject', ...objects)
         if (heldOutPairs(lesson.scenes[pictures[0]!]!).length > 0) add('captionObjectUnseen', ...objects)
@@ -94,6 +99,10 @@ export async function evaluate(ask: Ask, options: EvaluateOptions): Promise<Unde
       }
       if (turns.length > 1) add('conversation', Number(allExact))
     }
+    const { pictures, turns } = lesson.examples[seed % lesson.examples.length]!
+    const turn = { ...turns[0]!, question: typed(turns[0]!.question) }
+    const text = await ask(messagesOf({ pictures, turns: [turn] }), pictures, lesson)
+    add('typed', Number(scoreAnswer(turn, text).exact))
   })
   return new Map(
     (Object.keys(MEASURES) as Measure[]).flatMap(key => {
@@ -103,10 +112,19 @@ export async function evaluate(ask: Ask, options: EvaluateOptions): Promise<Unde
   )
 }
 
-/** Under which measure an answer counts as a whole. */
-function measureOf({ task, facts }: Turn): Measure {
-  if (task === 'sign') return facts.answer === 'nothing' ? 'noSign' : 'sign'
-  return task === 'draw' ? 'prompt' : task
+/** A question as many people type it. */
+function typed(question: string): string {
+  const small = question.replace(/(^|[.?] )[A-Z](?![A-Z])/g, start => start.toLowerCase())
+  return small.replace(/[.?]$/, '')
+}
+
+/** Under which measure an answer counts as a whole, in a conversation about so many pictures. */
+function measureOf({ task, facts }: Turn, pictures: number): Measure {
+  if (task === 'draw') return 'prompt'
+  if (task === 'talk') return pictures > 0 ? 'talkBeside' : 'talk'
+  if (task === 'difference' || task === 'which') return task
+  if (pictures === 2) return task === 'caption' ? 'captionOfTwo' : 'oneOfTwo'
+  return task === 'sign' && facts.answer === 'nothing' ? 'noSign' : task
 }
 
 /** Of the facts whose names begin so, how many are right, of all that are expected or claimed. */

@@ -6,7 +6,7 @@ import { kindOf, type Scene } from './scene.ts'
 import { DRAWN_WORLD, generateScene, type WorldOptions } from './world.ts'
 
 export const TASKS = [
-  'caption', // what is in the picture
+  'caption', // what is in the picture, in one of two, or in each
   'relation', // what is to the left of, to the right of, above, below something
   'count',
   'background',
@@ -21,7 +21,8 @@ export type Task = (typeof TASKS)[number]
 
 /**
  * What an answer claims, as scorers compare it. `object <kind>`: how many; `sign <text>`: `seen`; `background`: a colour;
- * `answer`: a kind, `sign`, `nothing`, `absent`, `yes`, `no`, `first`, `second`, `both`, `neither`; `count`: a number.
+ * `answer`: a kind, `sign`, `nothing`, `absent`, `yes`, `no`, `first`, `second`, `both`, `neither`; `count`: a number. Where both
+ * of two pictures are described, `first ` or `second ` stands before each.
  */
 export type Facts = Readonly<Record<string, string>>
 
@@ -55,7 +56,8 @@ export function messagesOf({ turns }: Example, turn = turns.length - 1): Message
   })
 }
 
-// Phrasings. {a}: a kind with its article, {x}: a kind, {xs}: its plural, {d}: a direction, {c}: a colour, {list}: a list.
+// Phrasings. {a}: a kind with its article, {x}: a kind, {xs}: its plural, {d}: a direction, {c}: a colour, {list}: a list,
+// {this}, {that}: first or second.
 
 const PHRASES = {
   caption: [
@@ -66,6 +68,14 @@ const PHRASES = {
     'Tell me what is in this picture.',
     'Please describe this image.',
     'Write a caption.',
+    'What is this?',
+  ],
+  captionBoth: ['Describe the pictures.', 'What is in the pictures?', 'What do both pictures show?'],
+  captionOther: [
+    'And the {this}?',
+    'And the {this} picture?',
+    'What about the {this}?',
+    'And in the {this}?',
   ],
   relation: [
     'What is {d} the {x}?',
@@ -176,9 +186,16 @@ const PHRASES = {
   ],
 } as const
 
-const TALK: readonly { readonly questions: readonly string[]; readonly answer: string }[] = [
+interface Talk {
+  readonly questions: readonly string[]
+  readonly answer: string
+  /** The answer where there are pictures, if that is another. */
+  readonly beside?: string
+}
+
+const TALK: readonly Talk[] = [
   {
-    questions: ['Who are you?', 'What are you?', 'Tell me about you.', 'What is this?'],
+    questions: ['Who are you?', 'What are you?', 'Tell me about you.'],
     answer: 'I am a small demo model. I describe simple pictures of emoji and draw them.',
   },
   {
@@ -188,6 +205,7 @@ const TALK: readonly { readonly questions: readonly string[]; readonly answer: s
   {
     questions: ['Hello.', 'Hi.', 'Good day.', 'Hello there.'],
     answer: 'Hello. Show me a picture of emoji, or tell me what to draw.',
+    beside: 'Hello. What would you like to know?',
   },
   { questions: ['Thank you.', 'Thanks.', 'Very good.', 'Well done.'], answer: 'You are welcome.' },
   {
@@ -374,6 +392,67 @@ function uniqueItems(items: readonly Item[]): Item[] {
 function absentKind(random: Random, ...scenes: readonly Scene[]): string {
   const shown = new Set(scenes.flatMap(({ objects }) => objects.map(({ kind }) => kind)))
   return random.pick(KINDS.filter(({ name }) => !shown.has(name))).name
+}
+
+/** The phrasings that suit two pictures: all but one that asks for a single text. */
+const ABOUT_BOTH = [
+  ...PHRASES.captionBoth,
+  ...PHRASES.caption.filter(phrase => phrase !== 'Write a caption.'),
+]
+
+/** What is in each of two pictures. */
+function askBoth(scenes: readonly [Scene, Scene], random: Random): Asked {
+  const [first, second] = scenes.map(captionOf)
+  return {
+    turn: {
+      task: 'caption',
+      question: random.pick(ABOUT_BOTH),
+      answer: `The first: ${first}; the second: ${second}.`,
+      facts: bothFacts(scenes.map(captionFacts)),
+    },
+  }
+}
+
+const ORDINALS = ['first', 'second'] as const
+
+function bothFacts(facts: readonly Facts[]): Facts {
+  const named = facts.flatMap((own, i) =>
+    Object.entries(own).map(([key, value]) => [`${ORDINALS[i]} ${key}`, value]),
+  )
+  return Object.fromEntries(named)
+}
+
+/** A question on one picture, asked where there are two: "Is there a fox in the second picture?" */
+function askedOfTwo({ turn }: Asked, which: 0 | 1): Turn {
+  const { question } = turn
+  const named = question.replace(/\b(?:the|this) (picture|image)\b/, `the ${ORDINALS[which]} $1`)
+  const preposition = /(background|caption).$/.test(question) ? 'of' : 'in'
+  const added = question.replace(/.$/, mark => ` ${preposition} the ${ORDINALS[which]} picture${mark}`)
+  return { ...turn, question: named === question ? added : named }
+}
+
+/** A question on the first or the second of two pictures. */
+function askOneOfTwo(scenes: readonly [Scene, Scene], random: Random): Asked | undefined {
+  const which = random.chance(0.5) ? 1 : 0
+  const scene = scenes[which]
+  const asked = [
+    () => askCaption(scene, random),
+    () => askRelation(scene, random),
+    () => askCount(scene, random),
+    () => askBackground(scene, random),
+    () => askSign(scene, random),
+    () => askYesNo(scene, random),
+  ][random.weighted([1, 4, 2, 1, 2, 3])]!()
+  return asked && { turn: askedOfTwo(asked, which) }
+}
+
+/** What is in one of two pictures, and then in the other. */
+function oneByOne(scenes: readonly [Scene, Scene], random: Random): Turn[] {
+  const which = random.chance(0.5) ? 1 : 0
+  const other = which === 0 ? 1 : 0
+  const { turn } = askCaption(scenes[other], random)
+  const question = fill(random.pick(PHRASES.captionOther), { this: ORDINALS[other] })
+  return [askedOfTwo(askCaption(scenes[which], random), which), { ...turn, question }]
 }
 
 function askCaption(scene: Scene, random: Random): Asked {
@@ -614,14 +693,15 @@ function drawn(scene: Scene, question: string): Turn {
   return { task: 'draw', question, answer, facts: captionFacts({ ...scene, signs: [] }) }
 }
 
-function talk(random: Random): Turn {
+/** Small talk, with pictures in the conversation or without any. */
+function talk(random: Random, pictures: readonly number[]): Turn {
   const turn = (question: string, answer: string): Turn => ({ task: 'talk', question, answer, facts: {} })
-  if (random.chance(0.15)) {
+  if (pictures.length === 0 && random.chance(0.15)) {
     const about = [PHRASES.caption, PHRASES.background, PHRASES.countAll, PHRASES.sign]
     return turn(random.pick(random.pick(about)), NO_PICTURE)
   }
-  const { questions, answer } = random.pick(TALK)
-  return turn(random.pick(questions), answer)
+  const { questions, answer, beside = answer } = random.pick(TALK)
+  return turn(random.pick(questions), pictures.length > 0 ? beside : answer)
 }
 
 /** The scene of a seed, a second one that shares some of it, one to be drawn, and examples of every task about them. */
@@ -656,17 +736,42 @@ export function generateLesson(seed: number, options: Partial<WorldOptions> = {}
     { pictures: [0, 1], turns: [compare(scene, second, random)] },
     { pictures: [], turns: [drawingTurn(drawing, random)] },
     ...(random.chance(0.1) ? [{ pictures: [0], turns: [drawn(scene, random.pick(PHRASES.drawAgain))] }] : []),
-    ...(random.chance(0.3) ? [{ pictures: [], turns: [talk(random)] }] : []),
+    ...(random.chance(0.3)
+      ? [{ pictures: [], turns: distinct(1 + random.below(3), () => talk(random, [])) }]
+      : []),
+    ...aside([0], drawing, random, askYesNo(scene, random)?.turn),
+    ...ofTwo([scene, second], random),
+    ...aside([0, 1], drawing, random, compare(scene, second, random)),
   ]
   return { scenes: [scene, second, drawing], examples }
 }
 
+/** Now and then, what is not about the pictures that are there: small talk or a drawing, before or after a question on them. */
+function aside(pictures: readonly number[], drawing: Scene, random: Random, question?: Turn): Example[] {
+  if (!random.chance(0.3)) return []
+  const turn = random.chance(0.7) ? talk(random, pictures) : drawingTurn(drawing, random)
+  if (!question || random.chance(0.4)) return [{ pictures, turns: [turn] }]
+  return [{ pictures, turns: random.chance(0.5) ? [turn, question] : [question, turn] }]
+}
+
+/** Now and then, two pictures described or one of them asked about. */
+function ofTwo(scenes: readonly [Scene, Scene], random: Random): Example[] {
+  const pictures = [0, 1]
+  const asked = askOneOfTwo(scenes, random)
+  return [
+    ...(random.chance(0.2) ? [{ pictures, turns: [askBoth(scenes, random).turn] }] : []),
+    ...(random.chance(0.2) ? [{ pictures, turns: oneByOne(scenes, random) }] : []),
+    ...(asked && random.chance(0.5) ? [{ pictures, turns: [asked.turn] }] : []),
+  ]
+}
+
 /**
  * More questions on the first two scenes of a lesson, for training: conversations of one sort of question each, up to `each`
- * turns long, a caption, what signs say. To find in a picture what a question names, or to compare places, is learnt from
- * many such questions at once within minutes, and from those of lessons, among all others, hardly ever.
+ * turns long, captions, what signs say, and small talk and drawings beside them. To find in a picture what a question
+ * names, or to compare places, is learnt from many such questions at once within minutes, and from those of lessons, among all
+ * others, hardly ever.
  */
-export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each = 10): Example[] {
+export function drillsOf({ scenes: [first, second, drawing] }: Lesson, seed: number, each = 10): Example[] {
   const random = new Random(seed, 'drills')
   const several = (pictures: readonly number[], turns: readonly Turn[]): Example[] =>
     turns.length > 0 ? [{ pictures, turns }] : []
@@ -689,6 +794,14 @@ export function drillsOf({ scenes: [first, second] }: Lesson, seed: number, each
       ...(scene.signs.length > 0 ? [{ pictures: [picture], turns: [askSign(scene, random)!.turn] }] : []),
       ...several([picture], walk(scene, random, each)),
     ]),
+    ...drill([0, 1], () => askOneOfTwo([first, second], random)),
+    { pictures: [0, 1], turns: [askBoth([first, second], random).turn] },
+    { pictures: [0, 1], turns: oneByOne([first, second], random) },
+    ...[[0], [1], [0, 1]].flatMap(pictures => [
+      { pictures, turns: [talk(random, pictures)] },
+      { pictures, turns: [drawingTurn(drawing, random)] },
+    ]),
+    ...drill([], () => ({ turn: talk(random, []) })),
   ]
 }
 
@@ -759,19 +872,12 @@ export function readFacts(task: Task, text: string): Facts {
     return found ? { answer: found[1] } : {}
   }
   switch (task) {
-    case 'caption':
-    case 'draw': {
-      const colour = COLOURED.exec(words)?.[1]?.toLowerCase()
-      const signs = [...words.matchAll(/\bsign that says ([A-Z]{2,4}|\d{1,4})\b/g)].map(([, said]) => [
-        `sign ${said}`,
-        'seen',
-      ])
-      return {
-        ...objectFacts(words),
-        ...Object.fromEntries(signs),
-        ...(colour ? { background: colour } : {}),
-      }
+    case 'caption': {
+      const [, ...both] = /^\W*the first: (.*); the second: (.*)$/i.exec(words) ?? []
+      return both.length > 0 ? bothFacts(both.map(sceneFacts)) : sceneFacts(words)
     }
+    case 'draw':
+      return sceneFacts(words)
     case 'difference':
       return /^ ?none\b/i.test(words) ? { answer: 'nothing' } : objectFacts(words)
     case 'relation': {
@@ -808,6 +914,20 @@ export function readFacts(task: Task, text: string): Facts {
   }
 }
 
+/** What a caption claims. */
+function sceneFacts(words: string): Facts {
+  const colour = COLOURED.exec(words)?.[1]?.toLowerCase()
+  const signs = [...words.matchAll(/\bsign that says ([A-Z]{2,4}|\d{1,4})\b/g)].map(([, said]) => [
+    `sign ${said}`,
+    'seen',
+  ])
+  return {
+    ...objectFacts(words),
+    ...Object.fromEntries(signs),
+    ...(colour ? { background: colour } : {}),
+  }
+}
+
 /** How many of each kind are named: "a fox, a boat and a fox" are two foxes. */
 function objectFacts(words: string): Facts {
   const facts: Record<string, string> = {}
@@ -834,13 +954,13 @@ function vocabulary(): string[] {
   const alone = [...inside, 'none', 'nothing', 'both', 'neither', 'the first', 'the second', 'yes', 'no']
   const texts = [
     ...Object.values(PHRASES).flat(),
-    ...TALK.flatMap(({ questions, answer }) => [...questions, answer]),
+    ...TALK.flatMap(({ questions, answer, beside = answer }) => [...questions, answer, beside]),
     NO_PICTURE,
     ...nouns,
     ...inside,
     ...alone.map(sentence),
     ...Object.values(DIRECTION_WORDS),
-    'A An a an There is no sign, and signs that says. on background left right first second <h> </h> <GEN>',
+    'A An a an There is no sign, and signs that says. on background in picture The first: the second; left right first second <h> </h> <GEN>',
   ]
   const words = texts.flatMap(text => splitWords(text.replace(/\{\w+\}/g, ' ')))
   return [...new Set([...words, ...GLYPHS])].sort()

@@ -7,9 +7,11 @@ const COUNT = 60
 
 /** The turn that a conversation has come to, and its example. */
 function turnOf(lesson: Lesson, questions: readonly string[], pictures: readonly number[]) {
+  const plain = (question?: string) => question?.replace(/[.?]$/, '').toLowerCase()
   const example = lesson.examples.find(
     ({ turns, pictures: own }) =>
-      own.join() === pictures.join() && questions.every((question, i) => turns[i]?.question === question),
+      own.join() === pictures.join() &&
+      questions.every((question, i) => plain(turns[i]?.question) === plain(question)),
   ) as Example
   return { example, turn: example.turns[questions.length - 1]! }
 }
@@ -49,21 +51,37 @@ describe('evaluate', () => {
       const touched = [...shares].filter(([, { right, of }]) => right < of).map(([measure]) => measure)
       for (const measure of measures!) expect(shares.get(measure)!.right).toBe(0)
       for (const measure of touched)
-        expect([...measures!, 'followUp', 'conversation'], task).toContain(measure)
+        expect([...measures!, 'oneOfTwo', 'followUp', 'conversation', 'typed'], task).toContain(measure)
     }
   })
 
   it('counts the facts of captions one by one', async () => {
     const shares = await evaluate(
       asker((answer, task) =>
-        task === 'caption' ? answer.replace(/on an? \w+ background/, 'on a silver background') : answer,
+        task === 'caption' ? answer.replace(/on an? \w+ background/g, 'on a silver background') : answer,
       ),
       { count: COUNT },
     )
-    expect(shares.get('captionBackground')!.right).toBe(0)
-    expect(shares.get('caption')!.right).toBe(0)
+    for (const measure of ['captionBackground', 'caption', 'captionOfTwo'] as const)
+      expect(shares.get(measure)!.right).toBe(0)
     expect(shares.get('captionObject')!.right).toBe(shares.get('captionObject')!.of)
     expect(shares.get('captionSign')!.right).toBe(shares.get('captionSign')!.of)
+  })
+
+  it('asks one question of each lesson again, in small letters and without a mark', async () => {
+    const questions: string[] = []
+    const shares = await evaluate(
+      async (messages, pictures, lesson) => {
+        questions.push(messages.at(-1)!.content)
+        return asker(answer => answer)(messages, pictures, lesson)
+      },
+      { count: COUNT },
+    )
+    expect(shares.get('typed')).toEqual({ right: COUNT, of: COUNT })
+    const small = questions.filter(question => /^[a-z]/.test(question))
+    expect(small.length).toBe(COUNT)
+    expect(small.filter(question => /[.?]$|[.?] [A-Z]/.test(question))).toEqual([])
+    expect(new Set(small.map(question => question.split(' ')[0])).size).toBeGreaterThan(5)
   })
 
   it('puts the own answers of the model before the next question', async () => {

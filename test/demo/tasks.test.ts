@@ -32,8 +32,20 @@ const turns = lessons.flatMap((lesson, k) =>
   ),
 )
 const turnsOf = (task: Turn['task']) => turns.filter(({ turn }) => turn.task === task)
-const pictured = ({ lesson, example }: { lesson: Lesson; example: Example }) =>
-  example.pictures.map(picture => lesson.scenes[picture]!)
+
+interface At {
+  readonly lesson: Lesson
+  readonly example: Example
+  readonly turn: Turn
+  readonly i: number
+}
+
+/** The scenes that a question is about: of two the one that it names, but where it compares them. */
+function pictured({ lesson, example, turn }: At): Scene[] {
+  const scenes = example.pictures.map(picture => lesson.scenes[picture]!)
+  const named = ['difference', 'which'].includes(turn.task) ? null : /\b(first|second)\b/.exec(turn.question)
+  return named ? [scenes[['first', 'second'].indexOf(named[0])]!] : scenes
+}
 
 const scene: Scene = {
   version: 1,
@@ -75,17 +87,17 @@ describe('captions', () => {
 describe('lessons', () => {
   it('are the same for a seed on every machine', () => {
     const hash = createHash('sha256').update(JSON.stringify(lessons.slice(0, 30)))
-    expect(hash.digest('hex').slice(0, 16)).toBe('e0ac3900978d2468')
+    expect(hash.digest('hex').slice(0, 16)).toBe('7ae2297a2f3823a2')
   })
 
   it('teach every task', () => {
     for (const task of TASKS) expect(turnsOf(task).length, task).toBeGreaterThan(100)
   })
 
-  it('are drilled on both scenes and on the two together, no question twice', () => {
+  it('are drilled on both scenes, on the two together and on none, no question twice', () => {
     for (const [i, examples] of drills.entries()) {
       expect(examples).toEqual(drillsOf(lessons[i]!, seeds[i]!))
-      expect(new Set(examples.map(({ pictures }) => pictures.join()))).toEqual(new Set(['0', '1', '0,1']))
+      expect(new Set(examples.map(({ pictures }) => pictures.join()))).toEqual(new Set(['0', '1', '0,1', '']))
       for (const { turns } of examples) {
         expect(turns.length).toBeGreaterThan(0)
         expect(new Set(turns.map(({ question }) => question)).size).toBe(turns.length)
@@ -117,6 +129,30 @@ describe('lessons', () => {
     expect(messagesOf(turnsOf('draw')[0]!.example)).toMatchObject([{ role: 'user', gen: true }])
   })
 
+  it('talk and draw beside pictures, at the start and later', () => {
+    const places = (task: Turn['task']) =>
+      new Set(
+        turnsOf(task)
+          .filter(({ example }) => example.pictures.length > 0)
+          .map(({ example, i }) => `${example.pictures.length} pictures, turn ${i}`),
+      )
+    const everywhere = [1, 2].flatMap(count => [0, 1].map(i => `${count} pictures, turn ${i}`))
+    expect(places('talk')).toEqual(new Set(everywhere))
+    expect(places('draw')).toEqual(new Set(everywhere))
+    const answers = turnsOf('talk').filter(({ example }) => example.pictures.length > 0)
+    expect(answers.filter(({ turn }) => /see no picture|show me a picture/i.test(turn.answer))).toEqual([])
+  })
+
+  it('ask about one of two pictures by its number, and only then', () => {
+    for (const { turn, example } of turns) {
+      const named = turn.question.match(/\b(first|second)\b/g) ?? []
+      if (turn.task === 'difference') expect(named.length, turn.question).toBeGreaterThan(0)
+      else expect(named.length, turn.question).toBeLessThan(example.pictures.length === 2 ? 2 : 1)
+      if (['relation', 'count', 'background', 'sign'].includes(turn.task) && example.pictures.length === 2)
+        expect(named.length, turn.question).toBe(1)
+    }
+  })
+
   it('answer yes as often as no', () => {
     const yesno = turnsOf('yesno').filter(
       ({ lesson, example }) => example.pictures.length === 1 && lesson.examples.includes(example),
@@ -131,8 +167,11 @@ describe('lessons', () => {
 describe('answers are true', () => {
   it('captions', () => {
     for (const at of turnsOf('caption')) {
-      const [shown] = pictured(at)
-      expect(at.turn.facts).toEqual(factsOf(shown!))
+      const [shown, second] = pictured(at)
+      const facts = second
+        ? { ...under('first', factsOf(shown!)), ...under('second', factsOf(second)) }
+        : factsOf(shown!)
+      expect(at.turn.facts, at.turn.question).toEqual(facts)
     }
   })
 
@@ -235,9 +274,10 @@ describe('answers are true', () => {
   it('drawings: what was asked for is what the prompt says', () => {
     for (const at of turnsOf('draw')) {
       const { prompt } = imagePromptOf(at.turn.answer)
-      const drawnScene = at.example.pictures.length > 0 ? pictured(at)[0]! : at.lesson.scenes[2]
+      const isCopy = /\b(this|same)\b/.test(at.turn.question)
+      const drawnScene = isCopy ? pictured(at)[0]! : at.lesson.scenes[2]
       expect(readFacts('caption', prompt!)).toEqual({ ...factsOf({ ...drawnScene, signs: [] }) })
-      if (at.example.pictures.length > 0) continue
+      if (isCopy) continue
       const words = at.turn.question.replace(/^[A-Z]/, letter => letter.toLowerCase())
       const asked = readFacts('caption', words)
       expect({
@@ -305,6 +345,17 @@ describe('scores', () => {
       'object boat': '2',
     })
     expect(readFacts('relation', 'There is no fox.')).toEqual({ answer: 'absent' })
+    expect(
+      readFacts(
+        'caption',
+        'The first: a fox and a sign that says GO on a red background; the second: two boats.',
+      ),
+    ).toEqual({
+      'first object fox': '1',
+      'first sign GO': 'seen',
+      'first background': 'red',
+      'second object boat': '2',
+    })
     expect(readFacts('sign', 'GO and 42.')).toEqual({ 'sign GO': 'seen', 'sign 42': 'seen' })
     expect(readFacts('count', '3')).toEqual({ count: '3' })
     expect(readFacts('yesno', 'Nothing')).toEqual({})
@@ -317,6 +368,10 @@ function factsOf({ objects, signs, background }: Scene): Record<string, string> 
   for (const { kind } of objects) facts[`object ${kind}`] = String(Number(facts[`object ${kind}`] ?? 0) + 1)
   for (const { text } of signs) facts[`sign ${text}`] = 'seen'
   return facts
+}
+
+function under(name: string, facts: Readonly<Record<string, string>>): Record<string, string> {
+  return Object.fromEntries(Object.entries(facts).map(([key, value]) => [`${name} ${key}`, value]))
 }
 
 const WORDS = KINDS.flatMap(({ name, plural }) =>

@@ -22,6 +22,9 @@ const EXPECTED: Partial<Record<Measure, number>> = {
   background: 0.95,
   prompt: 0.85,
   talk: 1,
+  talkBeside: 1,
+  captionOfTwo: 0.5,
+  typed: 0.8,
 }
 
 describe('the demo model', () => {

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from lessons import prefetched
 from muon import Muon, matrices_of
 
+# oneDNN keeps what it compiled for each shape, and rows have many lengths: of 1024, which is its default, two workers
+# came to 23 GB within twenty minutes. It reads this when it first multiplies.
+os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '32')
+
 Metrics = dict[str, Tensor]
 SAVE_SECONDS = 300
 LOG_STEPS = 20

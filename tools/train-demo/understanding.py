@@ -1,5 +1,6 @@
 """What the stages of the vision-language model learn from."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ MAP_WIDTH = sum(CONVNEXT['dims'])
 CROP = 64
 ZOOM = 2.4
 SIGN_WIDTH = 34  # pixels of the widest
-# How many of the conversations about pictures begin so, which is learnt last.
-BEGINNINGS = {'relation': 0.3, 'caption': 0.45, 'sign': 0.06, 'count': 0.1}
+# How many of the conversations begin so: what is learnt last, and what would else never be first beside pictures.
+BEGINNINGS = {'relation': 0.26, 'caption': 0.4, 'sign': 0.06, 'count': 0.1, 'talk': 0.06, 'draw': 0.04}
 DRAWINGS_EVERY = 4  # lessons of which the drawing is among the features too
 MOST_TEXT = 256  # ids of a conversation, pictures aside
 
@@ -321,7 +322,7 @@ class Oracle(nn.Module):
 class Conversations(Scenes):
     """Conversations of a lesson, those about one picture joined to longer ones, and the pictures or their labels."""
 
-    captions = 0.0  # how many batches are of captions alone
+    captions = captions_of_two = 0.0  # how many batches are of captions alone, and how many of these of two pictures
     of_two, of_none = 0.2, 0.08  # how many of the others are about two pictures, and about none
     # How many pictures in which no kind is there twice are passed over: else "two hearts" remain "a heart and a heart".
     passed_over = 0.5
@@ -339,8 +340,8 @@ class Conversations(Scenes):
         # which would wait for the one with the longest rows.
         shared = random if held_out else np.random.default_rng(int(done * 2**40))
         captions = shared.random() < self.captions
-        shares = [1 - self.of_two - self.of_none, self.of_two, self.of_none]
-        count = 1 if captions else int(shared.choice([1, 2, 0], p=shares))
+        of_two, of_none = (self.captions_of_two, 0) if captions else (self.of_two, self.of_none)
+        count = int(shared.choice([1, 2, 0], p=[1 - of_two - of_none, of_two, of_none]))
         rows, shown = [], []
         while len(rows) < self.batch:
             index = int(random.integers(len(lessons)))
@@ -366,6 +367,7 @@ class Conversations(Scenes):
                 # Else whatever was named before would be there.
                 chosen.sort(key=lambda example: example['turns'][0]['task'] != 'yesno')
             turns = self._fill(chosen[:1] if captions or count == 0 else chosen, count)
+            turns = [turn | {'question': typed(turn['question'], random)} for turn in turns]
             rows.append(self.vocabulary.conversation(turns, count))
             shown.extend((index, lesson, scene) for scene in chosen[0]['pictures'])
         return collate(rows) | (self._show(held_out, shown) if shown else {})
@@ -403,7 +405,8 @@ class Answers(Conversations):
     Rows of a caption alone are a third as long as others, so many more of them are learnt.
     """
 
-    captions, of_two, of_none, passed_over, drawings_every = 0.55, 0.4, 0.15, 0.25, DRAWINGS_EVERY
+    captions, captions_of_two, of_two, of_none = 0.55, 0.3, 0.4, 0.12
+    passed_over, drawings_every = 0.25, DRAWINGS_EVERY
 
     def __init__(
         self, lessons: Lessons, held_out: Lessons, vocabulary: Vocabulary, batch: int, mined: tuple[Features, Features]
@@ -414,6 +417,15 @@ class Answers(Conversations):
     def _show(self, held_out: bool, shown: list[tuple[int, dict, int]]) -> dict[str, Tensor]:
         mined = [self.mined[held_out].of(index, scene) for index, _, scene in shown]
         return {'mined': torch.from_numpy(np.stack(mined)).float()}
+
+
+def typed(question: str, random: np.random.Generator) -> str:
+    """As people type it: some begin with a small letter, leave the mark out or put another."""
+    if random.random() < 0.3:
+        question = re.sub(r'(^|[.?] )([A-Z])(?![A-Z])', lambda match: match[1] + match[2].lower(), question)
+    if random.random() < 0.2:
+        question = question[:-1] + ('!' if random.random() < 0.3 else '')
+    return question
 
 
 def repeats(scene: dict) -> bool:

@@ -83,7 +83,7 @@ export class Chat {
     })
   }
 
-  /** A drawing is asked for alone, as in training; with the pictures only where the words point at them. */
+  /** A drawing is asked for alone; with the pictures only where the words point at them. */
   #draw(text: string): Promise<void> {
     const pictures = /\b(this|same)\b/i.test(text) ? this.#around.pictures() : []
     const messages = withPictures([{ role: 'user', content: text }], pictures)

@@ -10,7 +10,11 @@ const ABOUT_A_PICTURE = [
   'What color is the background?',
   'What does the sign say?',
 ]
-const ABOUT_TWO = ['Which emoji are only in the first picture?', 'Do both pictures have the same background?']
+const ABOUT_TWO = [
+  'What is in the pictures?',
+  'Which emoji are only in the first picture?',
+  'Do both pictures have the same background?',
+]
 const TO_DRAW = ['Draw a fox on blue.', 'Draw a rocket and a star on black.']
 const MOST_CHIPS = 6
 
