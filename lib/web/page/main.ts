@@ -12,7 +12,7 @@ const ABOUT_A_PICTURE = [
 ]
 const ABOUT_TWO = [
   'What is in the pictures?',
-  'Which emoji are only in the first picture?',
+  'How many emoji are in the second picture?',
   'Do both pictures have the same background?',
 ]
 const TO_DRAW = ['Draw a fox on blue.', 'Draw a rocket and a star on black.']
