@@ -401,15 +401,13 @@ const ABOUT_BOTH = [
 ]
 
 /** What is in each of two pictures. */
-function askBoth(scenes: readonly [Scene, Scene], random: Random): Asked {
+function askBoth(scenes: readonly [Scene, Scene], random: Random): Turn {
   const [first, second] = scenes.map(captionOf)
   return {
-    turn: {
-      task: 'caption',
-      question: random.pick(ABOUT_BOTH),
-      answer: `The first: ${first}; the second: ${second}.`,
-      facts: bothFacts(scenes.map(captionFacts)),
-    },
+    task: 'caption',
+    question: random.pick(ABOUT_BOTH),
+    answer: `The first: ${first}; the second: ${second}.`,
+    facts: bothFacts(scenes.map(captionFacts)),
   }
 }
 
@@ -432,7 +430,7 @@ function askedOfTwo({ turn }: Asked, which: 0 | 1): Turn {
 }
 
 /** A question on the first or the second of two pictures. */
-function askOneOfTwo(scenes: readonly [Scene, Scene], random: Random): Asked | undefined {
+function askOneOfTwo(scenes: readonly [Scene, Scene], random: Random): Turn | undefined {
   const which = random.chance(0.5) ? 1 : 0
   const scene = scenes[which]
   const asked = [
@@ -443,7 +441,7 @@ function askOneOfTwo(scenes: readonly [Scene, Scene], random: Random): Asked | u
     () => askSign(scene, random),
     () => askYesNo(scene, random),
   ][random.weighted([1, 4, 2, 1, 2, 3])]!()
-  return asked && { turn: askedOfTwo(asked, which) }
+  return asked && askedOfTwo(asked, which)
 }
 
 /** What is in one of two pictures, and then in the other. */
@@ -759,9 +757,9 @@ function ofTwo(scenes: readonly [Scene, Scene], random: Random): Example[] {
   const pictures = [0, 1]
   const asked = askOneOfTwo(scenes, random)
   return [
-    ...(random.chance(0.2) ? [{ pictures, turns: [askBoth(scenes, random).turn] }] : []),
+    ...(random.chance(0.2) ? [{ pictures, turns: [askBoth(scenes, random)] }] : []),
     ...(random.chance(0.2) ? [{ pictures, turns: oneByOne(scenes, random) }] : []),
-    ...(asked && random.chance(0.5) ? [{ pictures, turns: [asked.turn] }] : []),
+    ...(asked && random.chance(0.5) ? [{ pictures, turns: [asked] }] : []),
   ]
 }
 
@@ -775,33 +773,30 @@ export function drillsOf({ scenes: [first, second, drawing] }: Lesson, seed: num
   const random = new Random(seed, 'drills')
   const several = (pictures: readonly number[], turns: readonly Turn[]): Example[] =>
     turns.length > 0 ? [{ pictures, turns }] : []
-  const drill = (pictures: readonly number[], ask: () => Asked | undefined): Example[] =>
-    several(
-      pictures,
-      distinct(each, () => ask()?.turn),
-    )
+  const drill = (pictures: readonly number[], ask: () => Turn | undefined): Example[] =>
+    several(pictures, distinct(each, ask))
   return [
     ...[first, second].flatMap((scene, picture) => [
       { pictures: [picture], turns: presence(scene, random) },
-      ...drill([picture], () => askYesNo(scene, random)),
-      ...drill([picture], () => askYesNo(scene, random, YES_NO.related)),
-      ...drill([picture], () => askRelation(scene, random, { crowded: random.chance(0.7) })),
-      ...drill([picture], () => askCount(scene, random)),
+      ...drill([picture], () => askYesNo(scene, random)?.turn),
+      ...drill([picture], () => askYesNo(scene, random, YES_NO.related)?.turn),
+      ...drill([picture], () => askRelation(scene, random, { crowded: random.chance(0.7) })?.turn),
+      ...drill([picture], () => askCount(scene, random).turn),
     ]),
-    ...drill([0, 1], () => ({ turn: compare(first, second, random) })),
+    ...drill([0, 1], () => compare(first, second, random)),
     ...[first, second].flatMap((scene, picture) => [
       { pictures: [picture], turns: [askCaption(scene, random).turn] },
       ...(scene.signs.length > 0 ? [{ pictures: [picture], turns: [askSign(scene, random)!.turn] }] : []),
       ...several([picture], walk(scene, random, each)),
     ]),
     ...drill([0, 1], () => askOneOfTwo([first, second], random)),
-    { pictures: [0, 1], turns: [askBoth([first, second], random).turn] },
+    { pictures: [0, 1], turns: [askBoth([first, second], random)] },
     { pictures: [0, 1], turns: oneByOne([first, second], random) },
     ...[[0], [1], [0, 1]].flatMap(pictures => [
       { pictures, turns: [talk(random, pictures)] },
       { pictures, turns: [drawingTurn(drawing, random)] },
     ]),
-    ...drill([], () => ({ turn: talk(random, []) })),
+    ...drill([], () => talk(random, [])),
   ]
 }
 
