@@ -1,5 +1,6 @@
 """What the stages of the image generator learn from."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,17 @@ NEGATIVE_PROMPT = (
     'malformed limbs, missing arms, missing legs, extra arms, extra legs, fused fingers, too many fingers, long neck, '
     'username, watermark, signature'
 )
+
+
+def save_scale(run: Path, scale: float) -> None:
+    """The `scaling_factor` of latents, which the latents stage measures."""
+    (run / 'latents').mkdir(exist_ok=True)
+    (run / 'latents' / 'scale.json').write_text(json.dumps({'scaling_factor': scale}) + '\n')
+
+
+def load_scale(run: Path) -> float | None:
+    path = run / 'latents' / 'scale.json'
+    return json.loads(path.read_text())['scaling_factor'] if path.exists() else None
 
 
 def text_config(vocabulary: Vocabulary, which: int) -> dict:

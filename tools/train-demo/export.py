@@ -333,8 +333,9 @@ def main() -> None:
     for network in networks.values():
         network.eval().requires_grad_(False)
         network.load_state_dict({key: value.half().float() for key, value in network.state_dict().items()})
-    scale_file = arguments.run / 'latents' / 'scale.json'
-    scale = json.loads(scale_file.read_text())['scaling_factor'] if scale_file.exists() else 1.0
+    scale = drawing.load_scale(arguments.run)
+    if scale is None:
+        scale = 1.0
 
     files = write_weights(arguments.out, networks)
     export_language(arguments.out, vocabulary, files[LANGUAGE_FILE])

@@ -40,8 +40,7 @@ def main() -> None:
         network.load_state_dict({key: tensors[f'{prefix}{key}'] for key in network.state_dict()})
     save_weights(arguments.run, networks, None)
     scale = json.loads((arguments.checkpoint / 'sdxl/vae/config.json').read_text())['scaling_factor']
-    (arguments.run / 'latents').mkdir(exist_ok=True)
-    (arguments.run / 'latents' / 'scale.json').write_text(json.dumps({'scaling_factor': scale}) + '\n')
+    drawing.save_scale(arguments.run, scale)
     print(f'{arguments.run}: weights of {", ".join(networks)}')
 
 

@@ -7,7 +7,6 @@ and starts from the newest weights of what earlier ones trained. README.md says 
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,18 +192,17 @@ def latents(context: Context) -> None:
     train, held_out = context.folders('latents')
     scale = drawing.write_latents(networks['vae'].eval(), context.lessons, train)
     drawing.write_latents(networks['vae'], context.held_out, held_out)
-    (context.run / 'latents' / 'scale.json').write_text(json.dumps({'scaling_factor': scale}) + '\n')
+    drawing.save_scale(context.run, scale)
     print(f'latents: {len(context.lessons)} drawings, scaling factor {scale:.4f}')
 
 
 def draw(context: Context) -> Trainer:
     networks = chosen(drawing.build(context.vocabulary), 'text_1', 'text_2', 'unet')
     context.load(networks, set())
-    path = context.run / 'latents' / 'scale.json'
-    if not path.exists():
-        raise SystemExit(f'expected {path} but found none: run the latents stage first')
+    scale = drawing.load_scale(context.run)
+    if scale is None:
+        raise SystemExit(f'expected latents in {context.run} but found none: run the latents stage first')
     files = tuple(folder / 'latents.npy' for folder in context.folders('latents'))
-    scale = json.loads(path.read_text())['scaling_factor']
     make = drawing.Drawings(context.lessons, context.held_out, files, context.vocabulary, context.batch, scale)
     loss = lambda batch: drawing.denoising_loss(networks, batch)
     return context.trainer('draw', networks, make, loss, average=0.999, muon=True)
